@@ -1,0 +1,70 @@
+"""Caches of 8-bit values beside the same cache in 16 bits, and what JAX offers for them today."""
+
+import functools
+
+import jax
+from _peers import Pending, attention, implementation, jax_nn
+
+import jax_fa
+
+OPERATION = "quantized"
+of = functools.partial(implementation, OPERATION)
+
+
+def test_quantized(record):
+    record(cold=True)
+
+
+def attend(case):
+    """Attention of the last tokens over a cache: decoding, or a chunk of a prompt."""
+    if case.len_q <= 16:
+        return jax_fa.decode_attention
+    return lambda q, k, v, lengths: jax_fa.flash_attention(q, k, v, causal=True)
+
+
+def quantized(case, x, dtype, group_size):
+    """The part of a `Launch` that says what it reads."""
+    quantize = jax.jit(
+        functools.partial(
+            jax_fa.quantize, dtype=dtype, granularity="group" if group_size else "head",
+            group_size=group_size,
+        )
+    )  # fmt: skip
+    k, v = quantize(x.k), quantize(x.v)
+    return {"keys": k, "values": v, "moved": case.bytes(k.dtype.itemsize, k.scale.shape[-1])}
+
+
+@of("jax_fa", on_cpu=True)
+def jax_fa_plain(case, x):
+    return attention(case, x, attend(case), x.kv_lengths)
+
+
+@of("cudnn", covers=lambda c: c.len_q == 1)
+def cudnn(case, x):
+    return attention(case, x, jax_nn(case, "cudnn"))
+
+
+def jax_fa_quantized(case, x, dtype, group_size=None):
+    rest = quantized(case, x, dtype, group_size)
+    return Pending(attend(case), (x.q, rest["keys"], rest["values"], x.kv_lengths), rest)
+
+
+def dequantized(case, x, dtype, implementation):
+    """The cache made an array of the queries' type within the same jit, then attention."""
+    rest = quantized(case, x, dtype, None)
+
+    def fn(q, k, v):
+        return jax_nn(case, implementation)(q, k.dequantize(q.dtype), v.dequantize(q.dtype))
+
+    return Pending(fn, (x.q, rest["keys"], rest["values"]), rest)
+
+
+for short, dtype in {"int8": "int8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}.items():
+    of(f"jax_fa {short}", on_cpu=True)(functools.partial(jax_fa_quantized, dtype=dtype))
+    for one in ("xla", "cudnn"):
+        of(f"{one}, {short} dequantized", on_cpu=one == "xla", covers=lambda c: c.len_q == 1)(
+            functools.partial(dequantized, dtype=dtype, implementation=one)
+        )
+of("jax_fa int8 group 32", on_cpu=True)(
+    functools.partial(jax_fa_quantized, dtype="int8", group_size=32)
+)

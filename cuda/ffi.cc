@@ -1,0 +1,476 @@
+// XLA FFI handlers: buffers and attributes in, launches out. Handler == FFI target == JAX primitive,
+// all under one name. Shapes and dtypes were checked in Python; absent operands have shape [0].
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <xla/ffi/api/ffi.h>
+
+#include <string>
+
+#include "params.h"
+#include "plan.h"
+
+namespace nb = nanobind;
+namespace ffi = xla::ffi;
+
+namespace jax_fa {
+
+struct FwdAttrs {
+  float scale, softcap;
+  int32_t window_left, window_right;
+  bool top_left;
+  float dropout_rate;  // 0: the lowering rule lets nothing else through
+  bool dropout_heads;
+  int32_t layout;
+};
+
+struct VarlenAttrs {
+  int32_t max_len_q, max_len_kv;
+  float scale, softcap;
+  int32_t window_left, window_right;
+  bool top_left;
+  float dropout_rate;
+  bool dropout_heads;
+};
+
+struct DecodeAttrs {
+  float scale, softcap;
+  int32_t window_left, window_right, layer_stride;
+};
+
+struct HybridAttrs {
+  float scale, softcap;
+  int32_t window_left, window_right, layer_stride, split_size;
+};
+
+struct AppendAttrs {
+  int32_t layer_stride, row_limit;
+  bool interleaved, scale_given;
+};
+
+}  // namespace jax_fa
+
+#define JAX_FA_MEMBER(type, name) ffi::StructMember<type>(#name)
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::FwdAttrs, JAX_FA_MEMBER(float, scale),
+                                      JAX_FA_MEMBER(float, softcap),
+                                      JAX_FA_MEMBER(int32_t, window_left),
+                                      JAX_FA_MEMBER(int32_t, window_right),
+                                      JAX_FA_MEMBER(bool, top_left),
+                                      JAX_FA_MEMBER(float, dropout_rate),
+                                      JAX_FA_MEMBER(bool, dropout_heads),
+                                      JAX_FA_MEMBER(int32_t, layout));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_fa::VarlenAttrs, JAX_FA_MEMBER(int32_t, max_len_q), JAX_FA_MEMBER(int32_t, max_len_kv),
+    JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap), JAX_FA_MEMBER(int32_t, window_left),
+    JAX_FA_MEMBER(int32_t, window_right), JAX_FA_MEMBER(bool, top_left),
+    JAX_FA_MEMBER(float, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::DecodeAttrs, JAX_FA_MEMBER(float, scale),
+                                      JAX_FA_MEMBER(float, softcap),
+                                      JAX_FA_MEMBER(int32_t, window_left),
+                                      JAX_FA_MEMBER(int32_t, window_right),
+                                      JAX_FA_MEMBER(int32_t, layer_stride));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::HybridAttrs, JAX_FA_MEMBER(float, scale),
+                                      JAX_FA_MEMBER(float, softcap),
+                                      JAX_FA_MEMBER(int32_t, window_left),
+                                      JAX_FA_MEMBER(int32_t, window_right),
+                                      JAX_FA_MEMBER(int32_t, layer_stride),
+                                      JAX_FA_MEMBER(int32_t, split_size));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::AppendAttrs, JAX_FA_MEMBER(int32_t, layer_stride),
+                                      JAX_FA_MEMBER(int32_t, row_limit),
+                                      JAX_FA_MEMBER(bool, interleaved),
+                                      JAX_FA_MEMBER(bool, scale_given));
+#undef JAX_FA_MEMBER
+
+namespace jax_fa {
+namespace {
+
+using In = ffi::AnyBuffer;
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+enum Layout { kSeparate, kKvPacked, kQkvPacked };  // in the order of _lowering.py
+
+bool absent(const In& x) { return x.dimensions().size() == 1 && x.dimensions()[0] == 0; }
+
+template <typename T>
+const T* optional(const In& x) {
+  return absent(x) ? nullptr : reinterpret_cast<const T*>(x.untyped_data());
+}
+
+DType dtype_of(const In& x) {
+  switch (x.element_type()) {
+    case ffi::F16: return DType::kF16;
+    case ffi::BF16: return DType::kBF16;
+    case ffi::S8: return DType::kInt8;
+    case ffi::F8E4M3FN: return DType::kE4M3;
+    case ffi::F8E5M2: return DType::kE5M2;
+    default: return DType::kF32;
+  }
+}
+
+int64_t element_bytes(const In& x) { return ffi::ByteWidth(x.element_type()); }
+
+// Part `part` of `parts` arrays in one buffer [rows, tokens, (parts,) heads, dim].
+KvTensor dense_keys(const In& x, const In& scale, int part, int parts) {
+  const auto dims = x.dimensions();
+  const int64_t heads = dims[dims.size() - 2], dim = dims.back();
+  KvTensor out{};
+  out.data = static_cast<const char*>(x.untyped_data()) + part * heads * dim * element_bytes(x);
+  out.token_stride = parts * heads * dim;
+  out.row_stride = dims[1] * out.token_stride;
+  out.head_stride = dim;
+  out.rows = int(dims[0]);
+  out.dtype = dtype_of(x);
+  if (!absent(scale)) {
+    const auto s = scale.dimensions();  // [rows | 1, heads | 1, tokens | 1, groups]
+    out.scale = reinterpret_cast<const float*>(scale.untyped_data());
+    out.groups = int(s[3]);
+    out.scale_token_stride = s[2] == 1 ? 0 : s[3];
+    out.scale_head_stride = s[1] == 1 ? 0 : s[2] * s[3];
+    out.scale_row_stride = s[0] == 1 ? 0 : s[1] * s[2] * s[3];
+  }
+  return out;
+}
+
+// Packed keys [total, heads, dim] with scales [heads | 1, total | 1, groups]: one row of tokens.
+KvTensor packed_keys(const In& x, const In& scale) {
+  const auto dims = x.dimensions();
+  KvTensor out{};
+  out.data = x.untyped_data();
+  out.token_stride = dims[1] * dims[2];
+  out.head_stride = dims[2];
+  out.rows = 1;
+  out.dtype = dtype_of(x);
+  if (!absent(scale)) {
+    const auto s = scale.dimensions();
+    out.scale = reinterpret_cast<const float*>(scale.untyped_data());
+    out.groups = int(s[2]);
+    out.scale_token_stride = s[1] == 1 ? 0 : s[2];
+    out.scale_head_stride = s[0] == 1 ? 0 : s[1] * s[2];
+  }
+  return out;
+}
+
+// Where a cache [rows, tokens, heads, dim] or pool [pages, page, heads, dim] is read or written.
+KvIndex cache_index(const In& cache, const In& lengths, const In& rows, const In& page_table,
+                    const In& layer, int layer_stride) {
+  KvIndex out{};
+  out.length = optional<int>(lengths);
+  out.rows = optional<int>(rows);
+  out.page_table = optional<int>(page_table);
+  out.layer = optional<int>(layer);
+  out.layers = out.layer ? int(layer.dimensions()[0]) : 1;
+  out.layer_stride = layer_stride;
+  out.page_size = int(cache.dimensions()[1]);
+  out.max_pages = out.page_table ? int(page_table.dimensions()[1]) : 1;
+  out.len_kv = out.max_pages * out.page_size;
+  return out;
+}
+
+// What every attention call sets: dense queries [batch, len_q, (3,) heads, dim] or packed ones
+// [total_q, heads, dim].
+template <typename Attrs>
+AttentionParams attention(const In& q, const In& v, Out& o, Out& lse, const In& slopes,
+                          const In& sinks, bool packed, const Attrs& attrs) {
+  const auto dims = q.dimensions();
+  AttentionParams p{};
+  p.q = q.untyped_data();
+  p.o = o->untyped_data();
+  p.lse = reinterpret_cast<float*>(lse->untyped_data());
+  p.heads_q = int(dims[dims.size() - 2]);
+  p.head_dim = int(dims.back());
+  p.head_dim_v = int(v.dimensions().back());
+  p.q_head_stride = p.head_dim;
+  p.q_token_stride = int64_t(p.heads_q) * p.head_dim;
+  p.total_q = int(packed ? dims[0] : dims[0] * dims[1]);
+  p.len_q = int(packed ? dims[0] : dims[1]);
+  p.max_len_q = p.len_q;
+  p.lse_head_stride = p.len_q;
+  p.lse_row_stride = packed ? 0 : int64_t(p.heads_q) * p.len_q;
+  p.alibi_slopes = optional<float>(slopes);
+  p.sinks = optional<float>(sinks);
+  p.scale = attrs.scale;
+  p.softcap = attrs.softcap;
+  p.window_left = attrs.window_left;
+  p.window_right = attrs.window_right;
+  p.dtype = dtype_of(q);
+  return p;
+}
+
+void set_bias(AttentionParams& p, const In& bias) {
+  if (absent(bias)) return;
+  const auto d = bias.dimensions();
+  p.bias = bias.untyped_data();
+  p.bias_dtype = dtype_of(bias);
+  p.bias_rows = int(d[0]);
+  p.bias_key_stride = d[3] == 1 ? 0 : 1;
+  p.bias_query_stride = d[2] == 1 ? 0 : d[3];
+  p.bias_head_stride = d[1] == 1 ? 0 : d[2] * d[3];
+  p.bias_row_stride = d[0] == 1 ? 0 : d[1] * d[2] * d[3];
+}
+
+ffi::Error to_error(cudaError_t status) {
+  if (status == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("jax_fa: ") + cudaGetErrorString(status));
+}
+
+ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes, In sinks,
+               In bias, In q_lengths, In kv_lengths, In /*seeds*/, Out o, Out lse, FwdAttrs attrs) {
+  AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/false, attrs);
+  const int parts = attrs.layout == kQkvPacked ? 3 : attrs.layout == kKvPacked ? 2 : 1;
+  p.batch = int(q.dimensions()[0]);
+  if (attrs.layout == kQkvPacked) p.q_token_stride *= 3;
+  p.q_length = optional<int>(q_lengths);
+  p.k = dense_keys(k, k_scale, parts == 3 ? 1 : 0, parts);
+  p.v = dense_keys(v, v_scale, parts - 1, parts);
+  p.heads_kv = int(k.dimensions()[k.dimensions().size() - 2]);
+  p.kv.length = optional<int>(kv_lengths);
+  p.kv.layers = 1;
+  p.kv.len_kv = int(k.dimensions()[1]);
+  p.top_left = attrs.top_left;
+  set_bias(p, bias);
+  return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
+}
+
+ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
+                      In sinks, In /*seeds*/, In q_start, In q_length, In k_start, In k_length, Out o,
+                      Out lse, VarlenAttrs attrs) {
+  AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/true, attrs);
+  p.batch = int(q_start.dimensions()[0]);
+  p.max_len_q = attrs.max_len_q;
+  p.q_start = optional<int>(q_start);
+  p.q_length = optional<int>(q_length);
+  p.k = packed_keys(k, k_scale);
+  p.v = packed_keys(v, v_scale);
+  p.heads_kv = int(k.dimensions()[1]);
+  p.kv.start = optional<int>(k_start);
+  p.kv.length = optional<int>(k_length);
+  p.kv.layers = 1;
+  p.kv.len_kv = attrs.max_len_kv;
+  p.top_left = attrs.top_left;
+  return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
+}
+
+template <typename Attrs>
+void set_cache(AttentionParams& p, const In& k, const In& v, const In& k_scale, const In& v_scale,
+               const In& kv_lengths, const In& rows, const In& page_table, const In& layer,
+               const Attrs& attrs) {
+  p.batch = int(kv_lengths.dimensions()[0]);
+  p.k = dense_keys(k, k_scale, 0, 1);
+  p.v = dense_keys(v, v_scale, 0, 1);
+  p.k.rows = p.v.rows = attrs.layer_stride;
+  p.heads_kv = int(k.dimensions()[2]);
+  p.kv = cache_index(k, kv_lengths, rows, page_table, layer, attrs.layer_stride);
+}
+
+ffi::Error decode(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
+                  In sinks, In kv_lengths, In rows, In page_table, In layer, Out o, Out lse,
+                  Out split_o, Out split_lse, DecodeAttrs attrs) {
+  AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/false, attrs);
+  set_cache(p, k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, attrs);
+  const auto split_dims = split_lse->dimensions();
+  const SplitScratch scratch{
+      .splits = split_dims.size() == 1 ? 1 : int(split_dims[0]),
+      .o = reinterpret_cast<float*>(split_o->untyped_data()),
+      .lse = reinterpret_cast<float*>(split_lse->untyped_data()),
+  };
+  return to_error(run_attention(Operation::kDecode, p, scratch, stream));
+}
+
+ffi::Error hybrid(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
+                  In sinks, In q_start, In q_length, In kv_lengths, In rows, In page_table,
+                  In layer, Out o, Out lse, HybridAttrs attrs) {
+  AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/true, attrs);
+  set_cache(p, k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, attrs);
+  p.q_start = optional<int>(q_start);
+  p.q_length = optional<int>(q_length);
+  return to_error(run_attention(Operation::kHybrid, p, kNoSplits, stream));
+}
+
+ffi::Error append(cudaStream_t stream, In, In, In, In, In k_new, In v_new, In new_start, In counts,
+                  In lengths, In rows, In page_table, In layer, In cos, In sin, Out k, Out v,
+                  Out k_scale, Out v_scale, AppendAttrs attrs) {
+  const KvTensor k_cache = dense_keys(*k, *k_scale, 0, 1), v_cache = dense_keys(*v, *v_scale, 0, 1);
+  const auto new_dims = k_new.dimensions();
+  AppendParams p{};
+  p.k_new = k_new.untyped_data();
+  p.v_new = v_new.untyped_data();
+  p.k = k->untyped_data();
+  p.v = v->untyped_data();
+  p.k_scale = const_cast<float*>(k_cache.scale);
+  p.v_scale = const_cast<float*>(v_cache.scale);
+  p.new_start = optional<int>(new_start);
+  p.counts = optional<int>(counts);
+  p.lengths = optional<int>(lengths);
+  p.cos = optional<float>(cos);
+  p.sin = optional<float>(sin);
+  p.index = cache_index(*k, lengths, rows, page_table, layer, attrs.layer_stride);
+  p.row_limit = attrs.row_limit;
+  p.batch = int(lengths.dimensions()[0]);
+  p.total_new = int(new_dims[0]);
+  p.len_new = p.new_start ? p.total_new : p.total_new / p.batch;
+  p.heads_kv = int(new_dims[1]);
+  p.k_dim = int(new_dims[2]);
+  p.v_dim = int(v_new.dimensions()[2]);
+  if (p.cos) {
+    p.max_position = int(cos.dimensions()[0]);
+    p.rotary_dim = int(cos.dimensions()[1]) * 2;
+  }
+  p.capacity = p.index.len_kv;
+  p.k_groups = k_cache.groups;
+  p.v_groups = v_cache.groups;
+  p.k_scale_row_stride = k_cache.scale_row_stride;
+  p.k_scale_head_stride = k_cache.scale_head_stride;
+  p.k_scale_token_stride = k_cache.scale_token_stride;
+  p.v_scale_row_stride = v_cache.scale_row_stride;
+  p.v_scale_head_stride = v_cache.scale_head_stride;
+  p.v_scale_token_stride = v_cache.scale_token_stride;
+  p.scale_given = attrs.scale_given;
+  p.interleaved = attrs.interleaved;
+  p.dtype = dtype_of(k_new);
+  p.k_dtype = k_cache.dtype;
+  p.v_dtype = v_cache.dtype;
+  return to_error(launch_append(p, stream));
+}
+
+// Every handler launches the same kernels whenever its operands have the same shapes.
+constexpr auto kTraits = {ffi::Traits::kCmdBufferCompatible};
+
+auto attention_binding() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd, fwd,
+                              attention_binding()
+                                  .Arg<In>()  // q
+                                  .Arg<In>()  // k
+                                  .Arg<In>()  // v
+                                  .Arg<In>()  // k_scale
+                                  .Arg<In>()  // v_scale
+                                  .Arg<In>()  // slopes
+                                  .Arg<In>()  // sinks
+                                  .Arg<In>()  // bias
+                                  .Arg<In>()  // q_lengths
+                                  .Arg<In>()  // kv_lengths
+                                  .Arg<In>()  // seeds
+                                  .Ret<In>()  // o
+                                  .Ret<In>()  // lse
+                                  .Attrs<FwdAttrs>(),
+                              kTraits);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_varlen_fwd, varlen_fwd,
+                              attention_binding()
+                                  .Arg<In>()  // q
+                                  .Arg<In>()  // k
+                                  .Arg<In>()  // v
+                                  .Arg<In>()  // k_scale
+                                  .Arg<In>()  // v_scale
+                                  .Arg<In>()  // slopes
+                                  .Arg<In>()  // sinks
+                                  .Arg<In>()  // seeds
+                                  .Arg<In>()  // q_start
+                                  .Arg<In>()  // q_length
+                                  .Arg<In>()  // k_start
+                                  .Arg<In>()  // k_length
+                                  .Ret<In>()  // o
+                                  .Ret<In>()  // lse
+                                  .Attrs<VarlenAttrs>(),
+                              kTraits);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_decode, decode,
+                              attention_binding()
+                                  .Arg<In>()  // q
+                                  .Arg<In>()  // k
+                                  .Arg<In>()  // v
+                                  .Arg<In>()  // k_scale
+                                  .Arg<In>()  // v_scale
+                                  .Arg<In>()  // slopes
+                                  .Arg<In>()  // sinks
+                                  .Arg<In>()  // kv_lengths
+                                  .Arg<In>()  // rows
+                                  .Arg<In>()  // page_table
+                                  .Arg<In>()  // layer
+                                  .Ret<In>()  // o
+                                  .Ret<In>()  // lse
+                                  .Ret<In>()  // split_o
+                                  .Ret<In>()  // split_lse
+                                  .Attrs<DecodeAttrs>(),
+                              kTraits);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_hybrid, hybrid,
+                              attention_binding()
+                                  .Arg<In>()  // q
+                                  .Arg<In>()  // k
+                                  .Arg<In>()  // v
+                                  .Arg<In>()  // k_scale
+                                  .Arg<In>()  // v_scale
+                                  .Arg<In>()  // slopes
+                                  .Arg<In>()  // sinks
+                                  .Arg<In>()  // q_start
+                                  .Arg<In>()  // q_length
+                                  .Arg<In>()  // kv_lengths
+                                  .Arg<In>()  // rows
+                                  .Arg<In>()  // page_table
+                                  .Arg<In>()  // layer
+                                  .Ret<In>()  // o
+                                  .Ret<In>()  // lse
+                                  .Attrs<HybridAttrs>(),
+                              kTraits);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_append, append,
+                              attention_binding()
+                                  .Arg<In>()  // k, aliased by the result
+                                  .Arg<In>()  // v
+                                  .Arg<In>()  // k_scale
+                                  .Arg<In>()  // v_scale
+                                  .Arg<In>()  // k_new
+                                  .Arg<In>()  // v_new
+                                  .Arg<In>()  // new_start
+                                  .Arg<In>()  // counts
+                                  .Arg<In>()  // lengths
+                                  .Arg<In>()  // rows
+                                  .Arg<In>()  // page_table
+                                  .Arg<In>()  // layer
+                                  .Arg<In>()  // cos
+                                  .Arg<In>()  // sin
+                                  .Ret<In>()  // k
+                                  .Ret<In>()  // v
+                                  .Ret<In>()  // k_scale
+                                  .Ret<In>()  // v_scale
+                                  .Attrs<AppendAttrs>(),
+                              kTraits);
+
+}  // namespace
+}  // namespace jax_fa
+
+NB_MODULE(_jax_fa, m) {
+  using namespace jax_fa;
+  m.attr("head_dims") = nb::make_tuple(JAX_FA_HEAD_DIMS);
+  m.def("handlers", [] {
+    nb::dict handlers;
+    const auto add = [&](const char* name, auto* handler) {
+      handlers[name] = nb::capsule(reinterpret_cast<void*>(handler));
+    };
+    add("jax_fa_fwd", jax_fa_fwd);
+    add("jax_fa_varlen_fwd", jax_fa_varlen_fwd);
+    add("jax_fa_decode", jax_fa_decode);
+    add("jax_fa_hybrid", jax_fa_hybrid);
+    add("jax_fa_append", jax_fa_append);
+    return handlers;
+  });
+  m.def("decode_splits", &splits_of_decode, nb::arg("batch"), nb::arg("len_q"), nb::arg("heads_q"),
+        nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("max_len_kv"));
+  m.def(
+      "plan",
+      [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
+         int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes, bool general) {
+        const Plan plan = plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv,
+                                  head_dim, element_bytes, kv_bytes, general);
+        nb::dict out;
+        out["kernel"] = plan.kernel;
+        out["tile"] = nb::make_tuple(plan.tile_q, plan.tile_kv, plan.tile_dim);
+        out["warps"] = plan.warps;
+        out["splits"] = plan.splits;
+        out["blocks"] = plan.blocks;
+        return out;
+      },
+      nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
+      nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
+      nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"));
+}

@@ -1,0 +1,112 @@
+// What one launch needs, as plain data: the only header that ffi.cc, plan.cc and the kernels share.
+// All strides and offsets count elements and are 64-bit.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace jax_fa {
+
+enum class DType : int { kF16, kBF16, kF32, kInt8, kE4M3, kE5M2 };
+
+// Keys or values: [rows, tokens, heads_kv, dim], where a row is a batch row, a row of a cache or a
+// page of a pool (packed keys are one row). `dim` is contiguous, the other axes go by strides.
+struct KvTensor {
+  const void* data;
+  const float* scale;  // [rows, heads_kv, tokens, groups], strides 0 along axes of size 1; or null
+  int64_t row_stride, token_stride, head_stride;
+  int64_t scale_row_stride, scale_head_stride, scale_token_stride;
+  int groups;  // scales along dim: group g holds for elements [g, g + 1) * dim / groups
+  int rows;    // contiguous: batch row b without a row map reads row b % rows
+  DType dtype;
+};
+
+// Where key j of batch row b lies. Contiguous: position start[b] + j of row rows[b]. Paged: position
+// j % page_size of page page_table[b][j / page_size]. A layer adds layer[.] * layer_stride rows.
+struct KvIndex {
+  const int* start;       // [batch] or null: 0
+  const int* length;      // [batch] or null: len_kv
+  const int* rows;        // [batch] or null: b % KvTensor::rows
+  const int* page_table;  // [batch, max_pages] or null: contiguous
+  const int* layer;       // [layers] or null: 0
+  int layers;             // 1: one layer for all rows, batch: one for each
+  int layer_stride;       // rows (or pages) in one layer
+  int max_pages, page_size;
+  int len_kv;  // static bound on a row's length
+};
+
+// One attention call. Queries are dense, row b = tokens [b, b + 1) * len_q, or packed: row b has
+// q_length[b] tokens from q_start[b] on; starts never decrease with b and rows do not overlap.
+// Tokens of the array that belong to no row give o = 0 and lse = -inf, as do tokens of a dense row
+// at or past q_length[b].
+struct AttentionParams {
+  const void* q;  // [total_q, heads_q, head_dim], by strides
+  void* o;        // [total_q, heads_q, head_dim_v], contiguous
+  float* lse;     // natural log, at b * lse_row_stride + head * lse_head_stride + token, where token
+                  // counts from the row's start when dense and from the array's when packed
+  int64_t q_token_stride, q_head_stride;
+  int64_t lse_row_stride, lse_head_stride;
+  const int* q_start;   // [batch], packed only; null: dense
+  const int* q_length;  // [batch] or null: len_q
+  int batch, len_q, total_q, max_len_q;  // max_len_q: static bound on a row's length
+  int heads_q, heads_kv, head_dim, head_dim_v;
+  KvTensor k, v;
+  KvIndex kv;
+  const float* alibi_slopes;  // [batch, heads_q] or null
+  const float* sinks;         // [batch, heads_q] or null
+  const void* bias;           // [batch, heads_q, len_q, len_kv] by strides, 0 along axes of size 1
+  int64_t bias_row_stride, bias_head_stride, bias_query_stride, bias_key_stride;
+  int bias_rows;  // row b reads b % bias_rows
+  DType bias_dtype;
+  float scale, softcap;           // softcap == 0: none
+  int window_left, window_right;  // -1: unbounded; causal is (.., 0)
+  bool top_left;                  // query i's diagonal is key i; else i + len_kv - len_q of its row
+  DType dtype;                    // of q and o
+};
+
+// Scratch of a split decode: every split writes a normalized partial and its lse (natural log).
+struct SplitScratch {
+  int splits;
+  float* o;    // [splits, total_q, heads_q, head_dim_v]
+  float* lse;  // [splits, total_q, heads_q]
+};
+
+constexpr SplitScratch kNoSplits{1, nullptr, nullptr};
+
+// Appends new keys and values to a cache in place (the outputs alias the cache operands).
+struct AppendParams {
+  const void *k_new, *v_new;           // [total_new, heads_kv, dim], contiguous, of `dtype`
+  void *k, *v;                         // caches, [rows, tokens, heads_kv, dim], contiguous
+  float *k_scale, *v_scale;            // [rows, heads_kv, tokens, groups] written when quantizing per
+                                       // token and head or group; with `tensor` scales only read
+  const int* new_start;                // [batch] packed new tokens; null: row b from b * len_new
+  const int* counts;                   // [batch] new tokens of a row, or null: len_new
+  const int* lengths;                  // [batch] where each row's new tokens go
+  const float *cos, *sin;              // [max_position, rotary_dim / 2] or null; position = lengths[b] + i
+  KvIndex index;                       // rows, page_table, layer
+  int row_limit;                       // rows or pages at or past it (or negative) are not written
+  int batch, len_new, total_new;
+  int heads_kv, k_dim, v_dim, rotary_dim, max_position, capacity;  // capacity: tokens of a row
+  int k_groups, v_groups;              // 0: no scales
+  int64_t k_scale_row_stride, k_scale_head_stride, k_scale_token_stride;
+  int64_t v_scale_row_stride, v_scale_head_stride, v_scale_token_stride;
+  bool scale_given;                    // scales are inputs (tensor granularity), not made here
+  bool interleaved;
+  DType dtype, k_dtype, v_dtype;
+};
+
+// cuda/sm80/fwd.cu: prefill on mma.sync, every feature. kHeadDim is the tile: the smallest compiled
+// head dim >= head_dim; dims between are zero-filled on the way into shared memory.
+template <int kHeadDim, DType kDType>
+cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
+
+// cuda/decode/decode.cu: few queries a row over a long cache, keys split over blocks.
+template <int kHeadDim, DType kDType>
+cudaError_t launch_decode(const AttentionParams& params, const SplitScratch& scratch,
+                          cudaStream_t stream);
+
+// cuda/cache/append.cu
+cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
+
+}  // namespace jax_fa

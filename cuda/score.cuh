@@ -1,0 +1,88 @@
+// Score modifiers: the map from a raw product q.k to the logit that the softmax sees, applied to a
+// whole tile at a time, and its derivative. A tile is given as a function for_each that calls
+// f(float& x, int i, int j) for every element x of query i and key j (within their batch row).
+//
+// A score leaves the tile in a domain of its own: the logit in log2 units is to_log2() * x, a factor
+// that the softmax folds into the argument of exp2.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace jax_fa {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// scale * q.k. The scale must be positive, as the maximum of the row is taken before scaling.
+struct ScaledScore {
+  float scale;
+
+  __device__ ScaledScore(const AttentionParams& params, int, int, int, int)
+      : scale(params.scale) {}
+
+  template <class ForEach>
+  __device__ void apply(ForEach) const {}
+  __device__ float to_log2() const { return scale * kLog2e; }
+};
+
+// cap * tanh(x / cap), through exp2: an absolute error of 2^-22 cap, where tanh.approx has 2^-11 cap.
+struct Softcap {
+  float cap;
+
+  __device__ float operator()(float x) const {
+    return cap - 2.f * cap * ptx::rcp(1.f + ptx::exp2(x * (2.f * kLog2e / cap)));
+  }
+  __device__ float grad(float capped) const {
+    const float t = capped / cap;
+    return 1.f - t * t;
+  }
+};
+
+// Everything at run time: softcap(scale * q.k) - slope * |i + diagonal - j| + bias[i, j].
+struct GeneralScore {
+  const AttentionParams& params;
+  int b, head, len_q, len_kv;
+
+  __device__ GeneralScore(const AttentionParams& params, int b, int head, int len_q, int len_kv)
+      : params(params), b(b), head(head), len_q(len_q), len_kv(len_kv) {}
+
+  template <class ForEach>
+  __device__ void apply(ForEach for_each) const {
+    const float scale = params.scale;
+    for_each([=](float& x, int, int) { x *= scale; });
+    if (params.softcap > 0.f) {
+      const Softcap softcap{params.softcap};
+      for_each([=](float& x, int, int) { x = softcap(x); });
+    }
+    if (params.alibi_slopes) {
+      const float slope = params.alibi_slopes[int64_t(b) * params.heads_q + head];
+      const int diagonal = len_kv - len_q;
+      for_each([=](float& x, int i, int j) { x -= slope * fabsf(float(i + diagonal - j)); });
+    }
+    if (params.bias) {
+      if (params.bias_dtype == DType::kF16) add_bias<__half>(for_each);
+      if (params.bias_dtype == DType::kBF16) add_bias<__nv_bfloat16>(for_each);
+      if (params.bias_dtype == DType::kF32) add_bias<float>(for_each);
+    }
+  }
+  __device__ float to_log2() const { return kLog2e; }
+
+ private:
+  // Elements past the last query or key may lie outside the array; the mask hides them.
+  template <class T, class ForEach>
+  __device__ void add_bias(ForEach for_each) const {
+    const T* gBias = static_cast<const T*>(params.bias) +
+                     b % params.bias_rows * params.bias_row_stride +
+                     head * params.bias_head_stride;
+    for_each([&](float& x, int i, int j) {
+      if (i >= len_q || j >= len_kv) return;
+      x += float(gBias[i * params.bias_query_stride + j * params.bias_key_stride]);
+    });
+  }
+};
+
+}  // namespace jax_fa

@@ -1,0 +1,335 @@
+// Prefill attention on mma.sync: o = softmax(score(q k^T)) v and its lse, for every GPU from sm_80 on.
+//
+// A block takes one tile of kBlockM queries of one head and walks the tiles of keys that some of
+// them see, from the last to the first. Each warp owns whole rows: scores, probabilities and output
+// stay in its registers, and warps meet only to hand over tiles of keys and values. There is one
+// buffer of each. Per tile of keys:
+//
+//     wait for K(n)                      | K(n) has landed, V(n + 1) is used up
+//     start V(n)    s = q K(n)^T         |
+//     wait for V(n)                      | V(n) has landed, K(n) is used up
+//     start K(n-1)  p = softmax(s)       |
+//                   o = o * rescale + p V(n)
+//
+// Other blocks of the SM fill the waits.
+#include "../mask.cuh"
+#include "../score.cuh"
+#include "../softmax.cuh"
+#include "dequantize.cuh"
+#include "load.cuh"
+#include "mma.cuh"
+#include "schedule.cuh"
+#include "store.cuh"
+#include "tiles.h"
+
+namespace jax_fa {
+
+template <int kHeadDim_, DType kDType_, bool kGeneral>
+struct Traits {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr DType kDType = kDType_;
+  using Element = typename Mma<kDType>::Element;
+
+  static constexpr FwdTile kTile = fwd_sm80_tile(kHeadDim, kDType, kGeneral);
+  static constexpr int kBlockM = kTile.m;
+  static constexpr int kBlockN = kTile.n;
+  static constexpr int kWarps = kTile.warps;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kWarpM = kBlockM / kWarps;
+  static constexpr int kMTiles = kWarpM / 16;
+  static_assert(kWarpM % 16 == 0 && kBlockN % 16 == 0 && kHeadDim % 32 == 0);
+};
+
+// What the threads of a block share, read where it is used: registers are for the accumulators.
+template <class Traits>
+struct BlockPlan {
+  QueryTile tile;
+  IntervalMask mask;
+  KvHead k, v;
+  int begin, end;                                     // tiles of keys that some query sees,
+  int full_begin, full_end;                           // and that every query sees all of
+  Interval any[Traits::kWarps], all[Traits::kWarps];  // keys that a warp's queries see
+};
+
+template <class Traits, bool kQuantized>
+struct SharedStorage {
+  using Element = typename Traits::Element;
+  static constexpr int kStages = Traits::kStages, kScales = kQuantized ? Traits::kBlockN : 1;
+
+  alignas(128) Element q[Traits::kBlockM][Traits::kHeadDim];
+  alignas(128) Element k[kStages][Traits::kBlockN][Traits::kHeadDim];
+  alignas(128) Element v[kStages][Traits::kBlockN][Traits::kHeadDim];
+  float k_scale[kStages][kScales], v_scale[kStages][kScales];
+  BlockPlan<Traits> plan;
+};
+
+// Moves the tiles of one block.
+template <class Traits, bool kQuantized>
+struct Producer {
+  const AttentionParams& params;
+  SharedStorage<Traits, kQuantized>& shared;
+
+  __device__ void load_q(const QueryTile& tile) const {
+    const auto* gQ = static_cast<const typename Traits::Element*>(params.q) +
+                     tile.token0 * params.q_token_stride + tile.head * params.q_head_stride;
+    copy_tile<Traits, Traits::kBlockM>(
+        ptx::shared_address(shared.q), min(tile.rows, tile.len_q - tile.row0), params.head_dim,
+        [&](int row) { return gQ + row * params.q_token_stride; });
+  }
+
+  __device__ void load_k(int n) const {
+    const int stage = n % Traits::kStages;
+    load(params.k, shared.plan.k, params.head_dim, shared.k[stage], shared.k_scale[stage], n);
+  }
+  __device__ void load_v(int n) const {
+    const int stage = n % Traits::kStages;
+    load(params.v, shared.plan.v, params.head_dim_v, shared.v[stage], shared.v_scale[stage], n);
+  }
+
+ private:
+  template <class Tile>
+  __device__ void load(const KvTensor& x, const KvHead& kv, int dim, Tile& tile, float* sScale,
+                       int n) const {
+    constexpr int kRows = Traits::kBlockN;
+    const uint32_t sTile = ptx::shared_address(tile);
+    if constexpr (kQuantized) {
+      load_kv_quantized<Traits, kRows>(sTile, sScale, x, kv, n * kRows, dim);
+    } else {
+      load_kv<Traits, kRows>(sTile, x, kv, n * kRows, dim);
+    }
+  }
+};
+
+// The rows of one warp.
+template <class Traits, class Score, bool kQuantized>
+struct Consumer {
+  static constexpr int kMTiles = Traits::kMTiles;
+  static constexpr int kBlockN = Traits::kBlockN, kStages = Traits::kStages;
+  // Probabilities times quantized values' scales leave no headroom in float16.
+  static constexpr int kSlackLog2 = kQuantized ? 0 : 8;
+
+  const AttentionParams& params;
+  SharedStorage<Traits, kQuantized>& shared;
+  int warp = threadIdx.x / 32;
+  int warp_row = warp * Traits::kWarpM;  // the warp's first query within the tile
+  OnlineSoftmax<kMTiles, kSlackLog2> softmax;
+  ScoreTile<Traits> s;
+  OutputTile<Traits> o = {};
+
+  __device__ Consumer(const AttentionParams& params, SharedStorage<Traits, kQuantized>& shared)
+      : params(params), shared(shared) {}
+
+  __device__ Score score() const {
+    const QueryTile& tile = shared.plan.tile;
+    return Score(params, tile.b, tile.head, tile.len_q, shared.plan.k.len);
+  }
+
+  // Calls f(x, i, j) for each score of this lane in the tile whose first key is key0.
+  template <class F>
+  __device__ void for_each_score(int key0, F f) {
+    const int i0 = shared.plan.tile.row0 + warp_row + threadIdx.x % 32 / 4;
+    const int j0 = key0 + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kBlockN / 8; ++n) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(s[m][n][e], i0 + m * 16 + e / 2 * 8, j0 + n * 8 + e % 2);
+      }
+    }
+  }
+
+  // What the tile of keys from key0 on is to the warp's queries.
+  __device__ TileMask classify(int key0) const {
+    const Interval any = shared.plan.any[warp], all = shared.plan.all[warp];
+    if (key0 >= any.hi || key0 + kBlockN <= any.lo) return TileMask::kSkip;
+    return key0 >= all.lo && key0 + kBlockN <= all.hi ? TileMask::kFull : TileMask::kPartial;
+  }
+
+  // One end at a time: a causal or padding mask has no left one. Keys past the row's length are
+  // zeros in shared memory, so their value adds 0 * 0; a value that only some queries of a warp see
+  // must be finite, as the others add 0 times it.
+  __device__ void apply_mask(int key0) {
+    const IntervalMask mask = shared.plan.mask;
+    const Interval all = shared.plan.all[warp];
+    if (key0 + kBlockN > all.hi) {
+      for_each_score(key0, [&](float& x, int i, int j) { x = j < mask.hi(i) ? x : -INFINITY; });
+    }
+    if (key0 < all.lo) {
+      for_each_score(key0, [&](float& x, int i, int j) { x = j >= mask.lo(i) ? x : -INFINITY; });
+    }
+  }
+
+  __device__ void apply_score(int key0) {
+    score().apply([&](auto f) { for_each_score(key0, f); });
+  }
+
+  // One factor a key: of the scores, a scale of the keys; of the probabilities, one of the values.
+  __device__ void scale_columns(const float* sScale) {
+    for_each_score(0, [&](float& x, int, int j) { x *= sScale[j]; });
+  }
+
+  __device__ void multiply_keys(int stage) {
+    gemm_qk<Traits>(s, ptx::shared_address(shared.q[warp_row]), ptx::shared_address(shared.k[stage]));
+    if constexpr (kQuantized) scale_columns(shared.k_scale[stage]);
+  }
+
+  __device__ void multiply_values(int stage) {
+    if constexpr (kQuantized) scale_columns(shared.v_scale[stage]);
+    gemm_pv<Traits>(o, s, ptx::shared_address(shared.v[stage]));
+  }
+
+  __device__ void apply_softmax() {
+    float rescale[kMTiles][2];
+    if (!softmax.step(s, score().to_log2(), rescale)) return;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (auto& tile : o[m]) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) tile[e] *= rescale[m][e / 2];
+      }
+    }
+  }
+
+  // Closes the softmax and writes the rows; what is no query of any row gets o = 0, lse = -inf.
+  __device__ void finish() {
+    const QueryTile& tile = shared.plan.tile;
+    const OutputRows<Traits> out(params, tile);
+    const int64_t head = int64_t(max(tile.b, 0)) * params.heads_q + tile.head;
+    const float sink = params.sinks ? params.sinks[head] : -INFINITY;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = warp_row + m * 16 + h * 8 + threadIdx.x % 32 / 4;
+        const bool query = tile.row0 + row < tile.len_q;
+        const auto result = softmax.finish(m, h, score().to_log2(), sink);
+        if (threadIdx.x % 4 == 0 && row < out.rows) out.gLse[row] = query ? result.lse : -INFINITY;
+#pragma unroll
+        for (auto& dims : o[m]) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            dims[e] = query && !result.empty ? dims[e] * result.normalize : 0.f;
+          }
+        }
+      }
+    }
+    store_o<Traits>(out, o, warp_row, ptx::shared_address(shared.q[warp_row]));
+  }
+};
+
+// Each part by a thread of a warp of its own: they are chains of dependent loads and divisions.
+template <class Traits>
+__device__ void make_plan(BlockPlan<Traits>& plan, const AttentionParams& p, const QueryTile& tile) {
+  constexpr int kBlockN = Traits::kBlockN;
+  const int b = max(tile.b, 0), head = tile.head / (p.heads_q / p.heads_kv), warp = threadIdx.x / 32;
+  const int len_kv = p.kv.length ? min(max(p.kv.length[b], 0), p.kv.len_kv) : p.kv.len_kv;
+  const IntervalMask mask(tile.len_q, len_kv, p.window_left, p.window_right);
+  if (threadIdx.x % 32 != 0) return;
+  if (warp == 0) {
+    const int row_end = min(tile.row0 + tile.rows, tile.len_q);
+    const Interval any = mask.seen_by_any(tile.row0, row_end);
+    const Interval all = mask.seen_by_all(tile.row0, row_end);
+    plan.tile = tile;
+    plan.mask = mask;
+    plan.begin = any.lo / kBlockN;
+    plan.end = tile.row0 < row_end ? (any.hi + kBlockN - 1) / kBlockN : 0;
+    plan.full_begin = (all.lo + kBlockN - 1) / kBlockN;
+    plan.full_end = all.hi / kBlockN;
+  }
+  if (warp == 1) plan.k = KvHead(p.k, p.kv, b, head, len_kv);
+  if (warp == 2) plan.v = KvHead(p.v, p.kv, b, head, len_kv);
+
+  const int row0 = tile.row0 + warp * Traits::kWarpM;
+  const int row1 = min(row0 + Traits::kWarpM, tile.len_q);
+  plan.any[warp] = row0 < row1 ? mask.seen_by_any(row0, row1) : Interval{0, 0};
+  plan.all[warp] = mask.seen_by_all(row0, max(row1, row0 + 1));
+}
+
+// One tile of keys; kMasked where some query of the block does not see all of it.
+template <bool kMasked, class Producer, class Consumer>
+__device__ __forceinline__ void step(const Producer& producer, Consumer& consumer, int n) {
+  constexpr int kBlockN = Consumer::kBlockN, kStages = Consumer::kStages;
+  const TileMask kind = kMasked ? consumer.classify(n * kBlockN) : TileMask::kFull;
+  ptx::cp_async_wait_all();
+  __syncthreads();  // K(n) has landed, and every warp is done with V(n + 1)
+  if (kStages == 1) {
+    producer.load_v(n);
+  } else if (n > producer.shared.plan.begin) {
+    producer.load_k(n - 1);
+    producer.load_v(n - 1);
+  }
+  if (kind != TileMask::kSkip) consumer.multiply_keys(n % kStages);
+  if (kStages == 1) {
+    ptx::cp_async_wait_all();
+    __syncthreads();  // V(n) has landed, and every warp is done with K(n)
+    if (n > producer.shared.plan.begin) producer.load_k(n - 1);
+  }
+  if (kind == TileMask::kSkip) return;
+  consumer.apply_score(n * kBlockN);
+  if (kind == TileMask::kPartial) consumer.apply_mask(n * kBlockN);
+  consumer.apply_softmax();
+  consumer.multiply_values(n % kStages);
+}
+
+template <class Traits, class Score, bool kQuantized>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.blocks_per_sm)
+    fwd_sm80(const __grid_constant__ AttentionParams params) {
+  extern __shared__ __align__(128) unsigned char raw_shared[];
+  auto& shared = *reinterpret_cast<SharedStorage<Traits, kQuantized>*>(raw_shared);
+  const BlockPlan<Traits>& plan = shared.plan;
+  const Producer<Traits, kQuantized> producer{params, shared};
+
+  const QueryTile tile = locate_tile<Traits::kBlockM>(params);
+  if (tile.rows <= 0) return;
+  producer.load_q(tile);
+  make_plan(shared.plan, params, tile);
+  __syncthreads();  // the plan is written
+
+  Consumer<Traits, Score, kQuantized> consumer(params, shared);
+  if (plan.begin < plan.end) {
+    producer.load_k(plan.end - 1);
+    if (Traits::kStages == 2) producer.load_v(plan.end - 1);
+  } else {
+    ptx::cp_async_wait_all();
+    __syncthreads();  // Q has landed: the epilogue reuses its place
+  }
+  // Masked tiles, full ones, masked ones: the outer loop only spares a second copy of the first body.
+  for (int n = plan.end - 1; n >= plan.begin;) {
+    for (; n >= plan.begin && (n < plan.full_begin || n >= plan.full_end); --n) {
+      step<true>(producer, consumer, n);
+    }
+    for (; n >= plan.full_begin && n < plan.full_end; --n) step<false>(producer, consumer, n);
+  }
+  consumer.finish();
+}
+
+template <class Traits, class Score, bool kQuantized>
+cudaError_t launch(const AttentionParams& params, cudaStream_t stream) {
+  const FwdGrid grid = fwd_sm80_grid(params, Traits::kTile);
+  if (grid.blocks == 0) return cudaSuccess;
+  constexpr int kBytes = sizeof(SharedStorage<Traits, kQuantized>);
+  const auto kernel = fwd_sm80<Traits, Score, kQuantized>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const dim3 blocks(grid.section, grid.tiles, grid.sections);
+  kernel<<<blocks, Traits::kThreads, kBytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <int kHeadDim, DType kDType>
+cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream) {
+  using General = Traits<kHeadDim, kDType, true>;
+  using Plain = Traits<kHeadDim, kDType, false>;
+  if (fwd_sm80_quantized(params)) return launch<General, GeneralScore, true>(params, stream);
+  return fwd_sm80_general(params) ? launch<General, GeneralScore, false>(params, stream)
+                                  : launch<Plain, ScaledScore, false>(params, stream);
+}
+
+template cudaError_t launch_fwd_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const AttentionParams&,
+                                                                          cudaStream_t);
+
+}  // namespace jax_fa

