@@ -7,7 +7,7 @@ import traceback
 import _machine
 import jax
 from _check import LIMITS, Expected, inputs
-from _measure import Timing, interleaved
+from _measure import Timing, burst_length, interleaved, preparation
 from _peers import launches
 
 
@@ -27,10 +27,11 @@ class Outcome:
 
 
 def compare(case, implementations, timer, rounds, cold):
-    """`Outcome`s by name."""
+    """`Outcome`s by name; `cold` as in `_measure.preparation`."""
     x = jax.block_until_ready(inputs(case))
     expected = Expected(case, x)
-    outcomes, checked = {}, {}
+    prepare = preparation(cold)
+    outcomes, bursts = {}, {}
     for name, launch in launches(case, x, implementations).items():
         outcomes[name] = outcome = Outcome()
         try:
@@ -42,11 +43,11 @@ def compare(case, implementations, timer, rounds, cold):
             if outcome.error > limit:
                 outcome.failure = f"wrong result: error {outcome.error:.2e}, limit {limit:.0e}"
             else:
-                checked[name] = launch
+                bursts[name] = launch, burst_length(launch, timer, prepare)
         except Exception as error:
             # text: an exception would keep the arrays of its frames
             outcome.failure = "".join(traceback.format_exception(error))
-    for name, timing in interleaved(checked, timer, rounds, cold).items():
+    for name, timing in interleaved(bursts, timer, rounds, prepare).items():
         outcomes[name].timing = timing
     return outcomes
 

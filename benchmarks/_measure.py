@@ -152,37 +152,39 @@ def clock(name):
         ) from error
 
 
-def interleaved(launches, timer, rounds, cold):
-    """Timings of launches that take turns.
+def preparation(cold):
+    """What is called before each launch: evicts the L2 cache if `cold`, on a GPU.
+
+    Cold is how a cache of keys is found that was last read a step ago.
+    """
+    return _evict() if cold and _machine.gpu() else lambda: None
+
+
+def burst_length(launch, timer, prepare):
+    """Launches in a burst of its own length: a first one warms up, a second is timed."""
+    (_, seconds), _ = timer.burst(launch, 2, prepare)
+    return max(2, min(BURST, int(BURST_SECONDS / seconds)))
+
+
+def interleaved(bursts, timer, rounds, prepare):
+    """Timings by name, of launches that take turns.
 
     Args:
-      launches: `Launch`es by name, each of which has run.
+      bursts: By name, pairs of a `Launch` that has run and the length of its bursts.
       timer: A clock from `clock`.
       rounds: Turns of each.
-      cold: Whether what was in the L2 cache is evicted before each launch, as for a cache of keys
-        that was last read a layer ago.
-
-    Returns:
-      Timings by name.
+      prepare: Called before each launch.
     """
-    prepare = _evict() if cold and _machine.gpu() else lambda: None
-    counts = {name: _count(timer, launch, prepare) for name, launch in launches.items()}
-    timings = {name: Timing() for name in launches}
+    timings = {name: Timing() for name in bursts}
     for turn in range(rounds):
-        order = list(launches)
+        order = list(bursts)
         for name in order if turn % 2 == 0 else reversed(order):
             time.sleep(timer.idle)
-            seconds, mhz = timer.burst(launches[name], counts[name], prepare)
+            seconds, mhz = timer.burst(*bursts[name], prepare)
             timings[name].seconds.append(statistics.median(seconds))
             if mhz is not None:
                 timings[name].clocks.append(mhz)
     return timings
-
-
-def _count(timer, launch, prepare):
-    """Launches in a burst: a first one warms up, a second says how long it takes."""
-    (_, seconds), _ = timer.burst(launch, 2, prepare)
-    return max(2, min(BURST, int(BURST_SECONDS / seconds)))
 
 
 @functools.cache

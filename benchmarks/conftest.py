@@ -32,12 +32,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # jax_fa's own tests turn warnings into errors; those of other libraries are not ours to mend
-    config.addinivalue_line("filterwarnings", "ignore")
-    warnings.simplefilter("ignore")  # outside tests, where the ini file's filters are set already
+    warnings.simplefilter("ignore")  # outside tests, where the ini file makes them errors
     config.option.benchmark_quiet = True  # its table knows no FLOPs, ours does
     config.stash[_STARTED] = time.monotonic()
     config.stash[_LINES] = []
+    _grids(config)  # a wrong name is an error of usage
 
 
 _STARTED = pytest.StashKey[float]()
@@ -63,15 +62,17 @@ def pytest_generate_tests(metafunc):
     cases = _cases.cases(
         operation, _grids(config), _machine.gpu() is not None, config.getoption("backward")
     )
-    pairs = [
-        pytest.param(
-            case, one, id=f"{case.id}-{one.name}".replace(" ", "_"),
-            marks=pytest.mark.benchmark(group=case.id, timer=REPLAY.now),
-        )
-        for case in cases
-        for one in _peers.covering(operation, case)
-    ]  # fmt: skip
+    pairs = [_parameters(case, one) for case in cases for one in _peers.covering(operation, case)]
     metafunc.parametrize(("case", "implementation"), pairs)
+
+
+def _parameters(case, implementation):
+    name = f"{case.id}-{implementation.name}".replace(" ", "_")
+    marks = [
+        pytest.mark.benchmark(group=case.id, timer=REPLAY.now),
+        pytest.mark.filterwarnings("ignore"),  # those of other libraries are not ours to mend
+    ]
+    return pytest.param(case, implementation, id=name, marks=marks)
 
 
 class Replay:
@@ -131,6 +132,7 @@ def record(request, benchmark, case, implementation, measured):
             case, implementation.operation, implementation.name, outcome, outcomes,
             config.stash[_TIMER].method, cold,
         )  # fmt: skip
+        benchmark.params = None  # objects; extra_info has what they say
         benchmark.extra_info.update(figures)
         REPLAY.into(benchmark, outcome.timing.seconds)
         config.stash[_LINES].append((case.id, figures))

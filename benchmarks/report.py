@@ -1,9 +1,10 @@
 """Turns a result into charts and a table, beside it.
 
-    python -m benchmarks.report benchmarks/results/h200/benchmarks.json
+    python -m benchmarks.report benchmarks/results/h200/benchmarks.json [MORE.json ...]
 
 writes one `<sweep>.svg` for each sweep (throughput, and share of the roofline, of each
-implementation) and `<name of the result>.md` with geometric means and every measurement.
+implementation) and `<name of the first result>.md` with geometric means and every measurement.
+More results are taken for parts of one: they must be of the same sources and the same machine.
 """
 
 import argparse
@@ -28,11 +29,15 @@ _PEERS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("result", type=pathlib.Path, help="what --benchmark-json wrote")
-    path = parser.parse_args().result
-    result = json.loads(path.read_text())
-    machine = result["machine_info"]
-    rows = [entry["extra_info"] for entry in result["benchmarks"]]
+    parser.add_argument("result", type=pathlib.Path, nargs="+", help="what --benchmark-json wrote")
+    paths = parser.parse_args().result
+    results = [json.loads(path.read_text()) for path in paths]
+    path, machine = paths[0], results[0]["machine_info"]
+    for key in ("sources", "gpu", "driver", "jax"):
+        found = {result["machine_info"][key] for result in results}
+        if len(found) > 1:
+            parser.error(f"results must agree in {key}, got {found}")
+    rows = [entry["extra_info"] for result in results for entry in result["benchmarks"]]
     plt.rcParams |= {"svg.hashsalt": "jax_fa", "font.size": 9}
     charts = []
     for sweep, group in _by_sweep(rows).items():
@@ -64,7 +69,7 @@ def _memory_bound(rows):
 
 
 def _chart(sweep, rows, machine, path):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     places = list(dict.fromkeys(row["case"]["x"] for row in rows))
     key, unit = ("gb_per_s", "GB/s") if _memory_bound(rows) else ("tflops", "TFLOP/s")
     ours = iter(_OURS)
@@ -90,12 +95,12 @@ def _chart(sweep, rows, machine, path):
         axes.set_xticks(range(len(places)), labels, rotation=60 if len(places) > 6 else 20)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     case = rows[0]["case"]
+    heads = f"{case['heads_q']}/{case['heads_kv']} heads of " if case["axis"] else "heads of "
     figure.suptitle(
-        f"{sweep}: {case['dtype']}, {case['heads_q']}/{case['heads_kv']} heads of "
-        f"{case['head_dim']}, {machine['gpu'] or 'CPU'}, {rows[0]['method']}, "
-        f"{rows[0]['l2']} L2",
+        f"{sweep}: {case['dtype']}, {heads}{case['head_dim']}, {machine['gpu'] or 'CPU'}, "
+        f"{rows[0]['method']}, {rows[0]['l2']} L2",
         fontsize=10,
     )
     figure.savefig(path, metadata={"Date": None})

@@ -1,11 +1,13 @@
-// XLA FFI handlers: buffers and attributes in, launches out. Handler == FFI target == JAX primitive,
-// all under one name. Shapes and dtypes were checked in Python; absent operands have shape [0].
+// XLA FFI handlers: buffers and attributes in, launches out. Handler == FFI target == JAX
+// primitive, all under one name. Shapes and dtypes were checked in Python; absent operands have
+// shape [0].
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <xla/ffi/api/ffi.h>
 
 #include <string>
 
+#include "mask.cuh"
 #include "params.h"
 #include "plan.h"
 
@@ -50,14 +52,11 @@ struct AppendAttrs {
 }  // namespace jax_fa
 
 #define JAX_FA_MEMBER(type, name) ffi::StructMember<type>(#name)
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::FwdAttrs, JAX_FA_MEMBER(float, scale),
-                                      JAX_FA_MEMBER(float, softcap),
-                                      JAX_FA_MEMBER(int32_t, window_left),
-                                      JAX_FA_MEMBER(int32_t, window_right),
-                                      JAX_FA_MEMBER(bool, top_left),
-                                      JAX_FA_MEMBER(float, dropout_rate),
-                                      JAX_FA_MEMBER(bool, dropout_heads),
-                                      JAX_FA_MEMBER(int32_t, layout));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_fa::FwdAttrs, JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap),
+    JAX_FA_MEMBER(int32_t, window_left), JAX_FA_MEMBER(int32_t, window_right),
+    JAX_FA_MEMBER(bool, top_left), JAX_FA_MEMBER(float, dropout_rate),
+    JAX_FA_MEMBER(bool, dropout_heads), JAX_FA_MEMBER(int32_t, layout));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::VarlenAttrs, JAX_FA_MEMBER(int32_t, max_len_q), JAX_FA_MEMBER(int32_t, max_len_kv),
     JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap), JAX_FA_MEMBER(int32_t, window_left),
@@ -97,12 +96,18 @@ const T* optional(const In& x) {
 
 DType dtype_of(const In& x) {
   switch (x.element_type()) {
-    case ffi::F16: return DType::kF16;
-    case ffi::BF16: return DType::kBF16;
-    case ffi::S8: return DType::kInt8;
-    case ffi::F8E4M3FN: return DType::kE4M3;
-    case ffi::F8E5M2: return DType::kE5M2;
-    default: return DType::kF32;
+    case ffi::F16:
+      return DType::kF16;
+    case ffi::BF16:
+      return DType::kBF16;
+    case ffi::S8:
+      return DType::kInt8;
+    case ffi::F8E4M3FN:
+      return DType::kE4M3;
+    case ffi::F8E5M2:
+      return DType::kE5M2;
+    default:
+      return DType::kF32;
   }
 }
 
@@ -231,8 +236,8 @@ ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In
 }
 
 ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
-                      In sinks, In /*seeds*/, In q_start, In q_length, In k_start, In k_length, Out o,
-                      Out lse, VarlenAttrs attrs) {
+                      In sinks, In /*seeds*/, In q_start, In q_length, In k_start, In k_length,
+                      Out o, Out lse, VarlenAttrs attrs) {
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/true, attrs);
   p.batch = int(q_start.dimensions()[0]);
   p.max_len_q = attrs.max_len_q;
@@ -456,6 +461,25 @@ NB_MODULE(_jax_fa, m) {
   });
   m.def("decode_splits", &splits_of_decode, nb::arg("batch"), nb::arg("len_q"), nb::arg("heads_q"),
         nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("max_len_kv"));
+  // What kernels compute on the device, for tests on the host.
+  m.def(
+      "visible_keys",
+      [](int query, int len_q, int len_kv, int window_left, int window_right, bool top_left) {
+        const IntervalMask mask(len_q, len_kv, window_left, window_right, top_left);
+        return nb::make_tuple(mask.lo(query), mask.hi(query));
+      },
+      nb::arg("query"), nb::arg("len_q"), nb::arg("len_kv"), nb::arg("window_left"),
+      nb::arg("window_right"), nb::arg("top_left"));
+  m.def(
+      "classify_tile",
+      [](int query0, int query1, int key0, int key1, int len_q, int len_kv, int window_left,
+         int window_right) {
+        constexpr const char* kNames[] = {"skip", "partial", "full"};
+        const IntervalMask mask(len_q, len_kv, window_left, window_right);
+        return kNames[static_cast<int>(mask.classify(query0, query1, key0, key1))];
+      },
+      nb::arg("query0"), nb::arg("query1"), nb::arg("key0"), nb::arg("key1"), nb::arg("len_q"),
+      nb::arg("len_kv"), nb::arg("window_left"), nb::arg("window_right"));
   m.def(
       "plan",
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,

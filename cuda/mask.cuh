@@ -14,11 +14,13 @@ struct Interval {
 // Row r attends to columns [lo(r), hi(r)). Causal, sliding-window and padding masks are all such
 // intervals, so one type serves them all and none of them is a template parameter.
 struct IntervalMask {
-  int len_kv, diagonal, window_left, window_right;  // diagonal = len_kv - len_q; window -1: unbounded
+  int len_kv, diagonal;           // row r is aligned with column r + diagonal
+  int window_left, window_right;  // negative: unbounded
 
-  __host__ __device__ IntervalMask(int len_q, int len_kv, int window_left, int window_right)
+  __host__ __device__ IntervalMask(int len_q, int len_kv, int window_left, int window_right,
+                                   bool top_left = false)
       : len_kv(len_kv),
-        diagonal(len_kv - len_q),
+        diagonal(top_left ? 0 : len_kv - len_q),
         window_left(least(window_left, len_q + len_kv)),  // so that lo and hi cannot overflow
         window_right(least(window_right, len_q + len_kv)) {}
 

@@ -22,8 +22,9 @@ struct KvTensor {
   DType dtype;
 };
 
-// Where key j of batch row b lies. Contiguous: position start[b] + j of row rows[b]. Paged: position
-// j % page_size of page page_table[b][j / page_size]. A layer adds layer[.] * layer_stride rows.
+// Where key j of batch row b lies. Contiguous: position start[b] + j of row rows[b]. Paged:
+// position j % page_size of page page_table[b][j / page_size]. A layer adds layer[.] * layer_stride
+// rows.
 struct KvIndex {
   const int* start;       // [batch] or null: 0
   const int* length;      // [batch] or null: len_kv
@@ -36,20 +37,21 @@ struct KvIndex {
   int len_kv;  // static bound on a row's length
 };
 
-// One attention call. Queries are dense, row b = tokens [b, b + 1) * len_q, or packed: row b has
-// q_length[b] tokens from q_start[b] on; starts never decrease with b and rows do not overlap.
-// Tokens of the array that belong to no row give o = 0 and lse = -inf, as do tokens of a dense row
-// at or past q_length[b].
+// One attention call. 16-bit and float32 arrays are aligned to 16 bytes with strides that are
+// multiples of it, 8-bit ones to 8. Queries are dense, row b = tokens [b, b + 1) * len_q, or
+// packed: row b has q_length[b] tokens from q_start[b] on; starts never decrease with b and rows do
+// not overlap. Tokens of the array that belong to no row give o = 0 and lse = -inf, as do tokens of
+// a dense row at or past q_length[b].
 struct AttentionParams {
   const void* q;  // [total_q, heads_q, head_dim], by strides
   void* o;        // [total_q, heads_q, head_dim_v], contiguous
-  float* lse;     // natural log, at b * lse_row_stride + head * lse_head_stride + token, where token
-                  // counts from the row's start when dense and from the array's when packed
+  float* lse;  // natural log, at b * lse_row_stride + head * lse_head_stride + token, where token
+               // counts from the row's start when dense and from the array's when packed
   int64_t q_token_stride, q_head_stride;
-  int64_t lse_row_stride, lse_head_stride;
-  const int* q_start;   // [batch], packed only; null: dense
-  const int* q_length;  // [batch] or null: len_q
-  int batch, len_q, total_q, max_len_q;  // max_len_q: static bound on a row's length
+  int64_t lse_row_stride, lse_head_stride;  // lse_row_stride is 0 for packed queries
+  const int* q_start;                       // [batch], packed only; null: dense
+  const int* q_length;                      // [batch] or null: len_q
+  int batch, len_q, total_q, max_len_q;     // max_len_q: static bound on a row's length
   int heads_q, heads_kv, head_dim, head_dim_v;
   KvTensor k, v;
   KvIndex kv;
@@ -76,22 +78,22 @@ constexpr SplitScratch kNoSplits{1, nullptr, nullptr};
 
 // Appends new keys and values to a cache in place (the outputs alias the cache operands).
 struct AppendParams {
-  const void *k_new, *v_new;           // [total_new, heads_kv, dim], contiguous, of `dtype`
-  void *k, *v;                         // caches, [rows, tokens, heads_kv, dim], contiguous
-  float *k_scale, *v_scale;            // [rows, heads_kv, tokens, groups] written when quantizing per
-                                       // token and head or group; with `tensor` scales only read
-  const int* new_start;                // [batch] packed new tokens; null: row b from b * len_new
-  const int* counts;                   // [batch] new tokens of a row, or null: len_new
-  const int* lengths;                  // [batch] where each row's new tokens go
-  const float *cos, *sin;              // [max_position, rotary_dim / 2] or null; position = lengths[b] + i
-  KvIndex index;                       // rows, page_table, layer
-  int row_limit;                       // rows or pages at or past it (or negative) are not written
+  const void *k_new, *v_new;  // [total_new, heads_kv, dim], contiguous, of `dtype`
+  void *k, *v;                // caches, [rows, tokens, heads_kv, dim], contiguous
+  float *k_scale, *v_scale;   // [rows, heads_kv, tokens, groups] written when quantizing per
+                              // token and head or group; with `tensor` scales only read
+  const int* new_start;       // [batch] packed new tokens; null: row b from b * len_new
+  const int* counts;          // [batch] new tokens of a row, or null: len_new
+  const int* lengths;         // [batch] where each row's new tokens go
+  const float *cos, *sin;     // [max_position, rotary_dim / 2] or null; position = lengths[b] + i
+  KvIndex index;              // rows, page_table, layer
+  int row_limit;              // rows or pages at or past it (or negative) are not written
   int batch, len_new, total_new;
   int heads_kv, k_dim, v_dim, rotary_dim, max_position, capacity;  // capacity: tokens of a row
-  int k_groups, v_groups;              // 0: no scales
+  int k_groups, v_groups;                                          // 0: no scales
   int64_t k_scale_row_stride, k_scale_head_stride, k_scale_token_stride;
   int64_t v_scale_row_stride, v_scale_head_stride, v_scale_token_stride;
-  bool scale_given;                    // scales are inputs (tensor granularity), not made here
+  bool scale_given;  // scales are inputs (tensor granularity), not made here
   bool interleaved;
   DType dtype, k_dtype, v_dtype;
 };

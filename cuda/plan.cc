@@ -61,9 +61,12 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
       tile_dim,
       [&]<int kDim>() {
         switch (p.dtype) {
-          case DType::kBF16: return launch_fwd_sm80<kDim, DType::kBF16>(p, stream);
-          case DType::kF16: return launch_fwd_sm80<kDim, DType::kF16>(p, stream);
-          default: return launch_fwd_sm80<kDim, DType::kF32>(p, stream);
+          case DType::kBF16:
+            return launch_fwd_sm80<kDim, DType::kBF16>(p, stream);
+          case DType::kF16:
+            return launch_fwd_sm80<kDim, DType::kF16>(p, stream);
+          default:
+            return launch_fwd_sm80<kDim, DType::kF32>(p, stream);
         }
       },
       kTiles);
@@ -79,10 +82,15 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   const int tile_dim = tile_dim_of(head_dim);
   if (runs_decode_kernel(op, dtype, len_q)) {
     const int columns = heads_q / heads_kv * len_q;
-    const int tile = decode_column_tiles(tile_dim, columns) * 8;
+    const int column_tiles = decode_column_tiles(tile_dim, columns), tile = column_tiles * 8;
     const int splits =
         decode_splits(batch, len_q, heads_q, heads_kv, head_dim, int64_t(max_len_kv));
-    return {"decode", tile, 16, tile_dim, 4, splits,
+    return {"decode",
+            tile,
+            16,
+            tile_dim,
+            decode_warps(column_tiles),
+            splits,
             int64_t(batch) * heads_kv * ((columns + tile - 1) / tile) * splits};
   }
   AttentionParams p{};

@@ -39,7 +39,8 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&x)[4], uint32_t address) 
                : "memory");
 }
 
-// As ldmatrix_x4, each matrix transposed: lane l receives column l / 4, rows 2 * (l % 4) and one more.
+// As ldmatrix_x4, each matrix transposed: lane l receives column l / 4, rows 2 * (l % 4) and one
+// more.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&x)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])

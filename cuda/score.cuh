@@ -2,13 +2,14 @@
 // whole tile at a time, and its derivative. A tile is given as a function for_each that calls
 // f(float& x, int i, int j) for every element x of query i and key j (within their batch row).
 //
-// A score leaves the tile in a domain of its own: the logit in log2 units is to_log2() * x, a factor
-// that the softmax folds into the argument of exp2.
+// A score leaves the tile in a domain of its own: the logit in log2 units is to_log2() * x, a
+// factor that the softmax folds into the argument of exp2.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "mask.cuh"
 #include "params.h"
 #include "ptx.cuh"
 
@@ -21,7 +22,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 struct ScaledScore {
   float scale;
 
-  __device__ ScaledScore(const AttentionParams& params, int, int, int, int)
+  __device__ ScaledScore(const AttentionParams& params, int, int, int, const IntervalMask&)
       : scale(params.scale) {}
 
   template <class ForEach>
@@ -29,7 +30,7 @@ struct ScaledScore {
   __device__ float to_log2() const { return scale * kLog2e; }
 };
 
-// cap * tanh(x / cap), through exp2: an absolute error of 2^-22 cap, where tanh.approx has 2^-11 cap.
+// cap * tanh(x / cap), through exp2: absolute error 2^-22 cap, where tanh.approx has 2^-11 cap.
 struct Softcap {
   float cap;
 
@@ -45,10 +46,12 @@ struct Softcap {
 // Everything at run time: softcap(scale * q.k) - slope * |i + diagonal - j| + bias[i, j].
 struct GeneralScore {
   const AttentionParams& params;
-  int b, head, len_q, len_kv;
+  int b, head, len_q;
+  const IntervalMask& mask;
 
-  __device__ GeneralScore(const AttentionParams& params, int b, int head, int len_q, int len_kv)
-      : params(params), b(b), head(head), len_q(len_q), len_kv(len_kv) {}
+  __device__ GeneralScore(const AttentionParams& params, int b, int head, int len_q,
+                          const IntervalMask& mask)
+      : params(params), b(b), head(head), len_q(len_q), mask(mask) {}
 
   template <class ForEach>
   __device__ void apply(ForEach for_each) const {
@@ -60,7 +63,7 @@ struct GeneralScore {
     }
     if (params.alibi_slopes) {
       const float slope = params.alibi_slopes[int64_t(b) * params.heads_q + head];
-      const int diagonal = len_kv - len_q;
+      const int diagonal = mask.diagonal;
       for_each([=](float& x, int i, int j) { x -= slope * fabsf(float(i + diagonal - j)); });
     }
     if (params.bias) {
@@ -76,10 +79,9 @@ struct GeneralScore {
   template <class T, class ForEach>
   __device__ void add_bias(ForEach for_each) const {
     const T* gBias = static_cast<const T*>(params.bias) +
-                     b % params.bias_rows * params.bias_row_stride +
-                     head * params.bias_head_stride;
+                     b % params.bias_rows * params.bias_row_stride + head * params.bias_head_stride;
     for_each([&](float& x, int i, int j) {
-      if (i >= len_q || j >= len_kv) return;
+      if (i >= len_q || j >= mask.len_kv) return;
       x += float(gBias[i * params.bias_query_stride + j * params.bias_key_stride]);
     });
   }

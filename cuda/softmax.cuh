@@ -22,7 +22,7 @@ __device__ T quad_sum(T x) {
 
 // kSlackLog2: the maximum that scales a row moves only when a score outgrows it by 2^kSlackLog2, so
 // that most tiles rescale nothing. Exact in any case; probabilities grow up to 2^kSlackLog2, which
-// must suit their type. The choice is made row by row: a row's bits do not depend on its neighbours.
+// must suit their type. Rows choose one by one: a row's bits do not depend on its neighbours.
 template <int kMTiles, int kSlackLog2>
 struct OnlineSoftmax {
   float max[kMTiles][2];  // in the score's domain
@@ -36,8 +36,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into probabilities relative to `max`. Where a row's maximum has moved, `rescale` is
-  // what its sums so far must be multiplied by, else 1. Returns whether any row of the warp moved.
+  // Turns scores into probabilities relative to `max`. Where a row's maximum has moved, `rescale`
+  // is what its sums so far must be multiplied by, else 1. Returns whether any of the warp moved.
   template <int kNTiles>
   __device__ bool step(float (&s)[kMTiles][kNTiles][4], float to_log2,
                        float (&rescale)[kMTiles][2]) {

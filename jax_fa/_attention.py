@@ -43,8 +43,8 @@ def flash_attention(
         score      += bias[b, n, i, j]                            if bias
         out_i       = sum_j softmax_j(score) v_j
 
-    over the keys `j < S'` that query `i` sees; `T'` and `S'` are the row's own lengths. Query head n
-    reads key head `n // (N // K)`. Accumulation is float32, float64 for float64 inputs.
+    over the keys `j < S'` that query `i` sees; `T'` and `S'` are the row's own lengths. Query head
+    n reads key head `n // (N // K)`. Accumulation is float32, float64 for float64 inputs.
 
     Args:
       q: Queries `[B, T, N, H]`, float16, bfloat16, float32 or float64.
@@ -76,7 +76,8 @@ def flash_attention(
       ValueError: for shapes, dtypes or parameters that are wrong for any attention.
       NotImplementedError: on CUDA, for what no kernel covers.
 
-    Sources: Dao, FlashAttention-2, 2023; Milakov and Gimelshein, Online normalizer calculation, 2018.
+    Sources: Dao, FlashAttention-2, 2023; Milakov and Gimelshein, Online normalizer calculation for
+    softmax, 2018.
     """
     q, k, v = (_checks.as_array(x) for x in (q, k, v))
     return _dense(
@@ -287,7 +288,10 @@ def flash_attention_varlen(
         _checks.implementation(implementation),
         bool(deterministic),
     )
-    bounds = (int(max_seqlen_q), int(max_seqlen_k))
+    bounds = (
+        _checks.bound("max_seqlen_q", max_seqlen_q),
+        _checks.bound("max_seqlen_k", max_seqlen_k),
+    )
     extras = {
         "slopes": _checks.per_head("alibi_slopes", alibi_slopes, batch, heads),
         "sinks": _checks.per_head("sinks", sinks, batch, heads),

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
-from jax.interpreters import batching
 
 
 class Kind(enum.Enum):
@@ -225,11 +224,11 @@ class _Fold:
         """Result i with its mapped axis, and where that is."""
         kind = self.op.results[i]
         if x.shape == (0,):
-            return x, batching.not_mapped
+            return x, None
         if kind is Kind.TOKENS_1:
             return self._split(x, 1, self.size), 1
         if kind is Kind.CACHE and not self._is_cache_folded(list(self.op.operands)[i]):
-            return x, batching.not_mapped
+            return x, None
         if kind is not Kind.ROW or self.period == self.batch:
             return self._split(x, 0, self.size), 0
         x = self._split(self._split(x, 0, self.batch // self.period), 1, self.size)

@@ -5,7 +5,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from . import _checks, _primitives, _rotary, _sharding
 from ._decode import cache_maps, cache_operands
@@ -82,6 +81,8 @@ class _Cache:
             )
         table = getattr(self, "page_table", None)
         lengths, table, rows = self._rows(batch_index, table)
+        if not packed:
+            _checks.counts(counts, k.shape[1])
         added = k.shape[1] if counts is None else counts
         self._check_room(lengths, added)
         layer_stride = self.k.shape[-4]
@@ -93,7 +94,7 @@ class _Cache:
             "new_start": cu_seqlens[:-1] if packed else None,
             "counts": counts,
             "lengths": lengths,
-            **cache_maps(batch, layer_stride, table, rows, layer),
+            **cache_maps(self.k, batch, table, rows, layer),
         }
         if rotary is not None:
             cos, sin = (jnp.asarray(x) for x in rotary)
@@ -109,13 +110,14 @@ class _Cache:
 
         Tokens for a row outside the cache are dropped, as those for a page outside the pool are.
         """
+        lengths = jnp.asarray(self.lengths)
         if batch_index is None:
-            return self.lengths, table, None
+            return lengths, table, None
         at = self._inside(batch_index)
-        lengths = self.lengths.at[at].get(mode="fill", fill_value=0)
+        lengths = lengths.at[at].get(mode="fill", fill_value=0)
         if table is None:
             return lengths, None, batch_index
-        return lengths, table.at[at].get(mode="fill", fill_value=-1), None
+        return lengths, jnp.asarray(table).at[at].get(mode="fill", fill_value=-1), None
 
     def _inside(self, batch_index):
         """Indices with those below 0 moved out of bounds, where they do not wrap."""
@@ -123,20 +125,19 @@ class _Cache:
 
     def advance(self, counts, batch_index=None):
         """The cache with `lengths` grown by `counts` (int32 `[B]` or an int), up to capacity."""
+        lengths, counts = jnp.asarray(self.lengths), jnp.asarray(counts, jnp.int32)
         if batch_index is None:
-            lengths = self.lengths + jnp.asarray(counts, jnp.int32)
+            lengths = lengths + counts
         else:
             at = self._inside(_checks.int32("batch_index", batch_index, (None,), form="[B]"))
-            lengths = self.lengths.at[at].add(jnp.asarray(counts, jnp.int32), mode="drop")
+            lengths = lengths.at[at].add(counts, mode="drop")
         return dataclasses.replace(self, lengths=jnp.minimum(lengths, self.capacity))
 
     def _check_room(self, lengths, added):
-        if isinstance(lengths, jax.core.Tracer) or isinstance(added, jax.core.Tracer):
+        lengths, added = _checks.known(lengths), _checks.known(added)
+        if lengths is None or added is None:
             return
-        if not lengths.is_fully_addressable:  # of several processes
-            return
-        # in numpy, because under jit an operation on known arrays is traced as any other
-        most = int((np.asarray(lengths) + np.asarray(added)).max(initial=0))
+        most = int((lengths + added).max(initial=0))
         if most > self.capacity:
             raise ValueError(f"rows must not grow past capacity {self.capacity}, got {most}")
 

@@ -1,5 +1,6 @@
 """Checks of arguments, once, before anything is bound: ValueError = wrong for any attention."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,6 +86,39 @@ def int32(name, x, *allowed, form):
     if x.dtype != np.int32:
         raise ValueError(f"{name} must be int32, got {x.dtype.name}")
     return shape(name, x, *allowed, form=form)
+
+
+def layer(x, layers):
+    """The layer of a stacked cache as an int32 scalar; Python's numbers are checked for range."""
+    if isinstance(x, (int, np.integer)) and not 0 <= x < layers:
+        raise ValueError(f"layer must be in [0, {layers}), got {x}")
+    x = jnp.asarray(x)
+    if x.ndim or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"layer must be an integer scalar, got {x.dtype}{x.shape}")
+    return x.astype(jnp.int32)
+
+
+def known(x):
+    """An array's numbers in numpy, or None where they are traced or of other processes.
+
+    In numpy, because under jit an operation on known arrays is traced as any other.
+    """
+    if x is None or isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return None
+    return np.asarray(x)
+
+
+def counts(x, most):
+    """Where counts are known, none is negative or more than the tokens that there are."""
+    x = known(x)
+    if x is not None and ((x < 0) | (x > most)).any():
+        raise ValueError(f"counts must be in [0, {most}], got {x}")
+
+
+def bound(name, value):
+    if not isinstance(value, (int, np.integer)) or value < 0:
+        raise ValueError(f"{name} must be an int >= 0, got {value}")
+    return int(value)
 
 
 def per_head(name, x, batch, heads):

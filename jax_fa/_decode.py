@@ -74,7 +74,8 @@ def hybrid_attention(
       kv_lengths: int32 `[B]`: tokens in each row's cache, the new ones included.
       page_table, batch_index, layer: As for `decode_attention`.
       split_size: Keys in a fixed split of a row, so that a row's result has the same bits whatever
-        else is in the batch. None: splits may depend on the batch.
+        else is in the batch. None: splits may depend on the batch. Today nothing splits a row
+        here, so every call is that.
       causal: Whether new tokens see only keys up to themselves.
       scale, window, softcap, alibi_slopes, sinks, return_lse, implementation: As for
         `flash_attention`.
@@ -113,7 +114,7 @@ def _cache_call(
     q, k, v, kv_lengths, batch, page_table, batch_index, layer, scale, causal, window, softcap,
     alibi_slopes, sinks, implementation,
 ):  # fmt: skip
-    """Checks what decode and hybrid share; returns operands for `cache_operands` and static parameters."""
+    """Checks what decode and hybrid share; returns what `cache_operands` takes, and the rest."""
     heads, dim = q.shape[-2:]
     k, v = (_checks.as_array(x) for x in (k, v))
     form = cache_form(page_table, layer)
@@ -129,7 +130,7 @@ def _cache_call(
         "slopes": _checks.per_head("alibi_slopes", alibi_slopes, batch, heads),
         "sinks": _checks.per_head("sinks", sinks, batch, heads),
         "kv_lengths": _checks.int32("kv_lengths", kv_lengths, (batch,), form=f"[{batch}]"),
-        **cache_maps(batch, layer_stride, page_table, batch_index, layer),
+        **cache_maps(k, batch, page_table, batch_index, layer),
     }
     left, right = _checks.window(window, causal)
     static = {
@@ -167,8 +168,9 @@ def _merge_layers(x):
     return x.reshape(-1, *x.shape[2:])
 
 
-def cache_maps(batch, layer_stride, page_table, batch_index, layer):
-    """The operands that say which rows or pages of a cache a batch row reads."""
+def cache_maps(k, batch, page_table, batch_index, layer):
+    """The operands that say which rows or pages of a cache with keys k a batch row reads."""
+    layer_stride = k.shape[-4]
     page_table = _checks.int32(
         "page_table", page_table, (batch, None), form=f"[{batch}, max_pages]"
     )
@@ -181,10 +183,7 @@ def cache_maps(batch, layer_stride, page_table, batch_index, layer):
             f"got {batch}"
         )
     if layer is not None:
-        layer = jnp.asarray(layer)
-        if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
-            raise ValueError(f"layer must be an integer scalar, got {layer.dtype}{layer.shape}")
-        layer = layer.astype(jnp.int32)[None]
+        layer = _checks.layer(layer, k.shape[0])[None]
     return {"rows": batch_index, "page_table": page_table, "layer": layer}
 
 

@@ -28,7 +28,7 @@ def dot_product_attention(
       is_causal: Whether query i sees only keys `j <= i`.
       query_seq_lengths: int32 `[B]`.
       key_value_seq_lengths: int32 `[B]`.
-      local_window_size: None, `w` or `(left, right)`: query i sees keys `i - left <= j <= i + right`.
+      local_window_size: None, `w` or `(left, right)`: query i sees keys `i - left` to `i + right`.
       implementation: None, "cuda" or "reference", as for `flash_attention`.
       return_residual: Whether to return `(out, lse)`, lse `[B, T, N]` or `[T, N]`.
       logits_soft_cap: None, or what bounds the scores (as in tokamax).

@@ -49,7 +49,7 @@ class Call:
       count: How often it runs: the trip counts of the scans around it.
       kernel: The kernel, or "reference" for what runs through XLA.
       reason: Why it is the reference or has no kernel; else empty.
-      tile: Queries (decode: query heads times tokens), keys and dims of a tile; None without kernel.
+      tile: Queries (decode: heads times tokens), keys and dims of a tile; None without a kernel.
       warps: Warps of a block.
       splits: Parts into which a row's keys are split.
       blocks: Blocks of the grid.
@@ -95,8 +95,8 @@ def explain(fn, *args, device=None):
     Args:
       fn: A function of `args` that calls this library, under `jit` or not.
       *args: Its arguments: arrays or `jax.ShapeDtypeStruct`s.
-      device: "h200", "h100", "a100", "l40s": on a machine without that GPU too. None: the GPU of this
-        process; without one the reference on the CPU.
+      device: "h200", "h100", "a100", "l40s": on a machine without that GPU too. None: the GPU of
+        this process; without one the reference on the CPU.
 
     Returns:
       A list of `Call`, one for each attention call in the order of the program; print them.
@@ -195,7 +195,8 @@ def _plan_shape(name, x, static):
 def _is_general(x, static):
     """Whether scores are more than a scaled product."""
     extras = (x[name].shape != (0,) for name in ("slopes", "bias") if name in x)
-    return bool(static["softcap"]) or x["k"].dtype != x["q"].dtype or any(extras)
+    quantized = x["k"].dtype != x["q"].dtype
+    return static["scale"] <= 0 or bool(static["softcap"]) or quantized or any(extras)
 
 
 def _cache_length(x):

@@ -4,6 +4,19 @@ def handlers() -> dict[str, object]: ...
 def decode_splits(
     batch: int, len_q: int, heads_q: int, heads_kv: int, head_dim: int, max_len_kv: int
 ) -> int: ...
+def visible_keys(
+    query: int, len_q: int, len_kv: int, window_left: int, window_right: int, top_left: bool
+) -> tuple[int, int]: ...
+def classify_tile(
+    query0: int,
+    query1: int,
+    key0: int,
+    key1: int,
+    len_q: int,
+    len_kv: int,
+    window_left: int,
+    window_right: int,
+) -> str: ...
 def plan(
     operation: str,
     *,

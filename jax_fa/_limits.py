@@ -7,6 +7,7 @@ from . import _jax_fa
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 _KERNEL_FLOATS = ("float16", "bfloat16", "float32")
 _MAX_HEAD_DIM = max(_jax_fa.head_dims)
+_MAX_GRID = 65535
 
 
 def no_kernel(name, operands, static):
@@ -25,13 +26,37 @@ def no_kernel(name, operands, static):
         return f"float32 queries with {k.dtype.name} keys; kernels take float16 or bfloat16 ones"
     if static.get("dropout_rate"):
         return f"dropout_rate={static['dropout_rate']}; kernels have no dropout"
-    if static.get("split_size"):
-        return f"split_size={static['split_size']}; kernels have no fixed splits"
-    return None
+    return _no_scale_kernel(name, operands) or _no_grid(name, operands)
 
 
 def _no_append_kernel(operands):
     for name in ("k", "v", "k_new", "v_new"):
         if operands[name].dtype == np.float64:
             return f"{name} is float64; kernels take {', '.join(_KERNEL_FLOATS)}"
+        if operands[name].shape[-1] % 4:
+            return f"head dim {operands[name].shape[-1]} of {name}; kernels take multiples of 4"
+    return _no_scale_kernel("jax_fa_append", operands)
+
+
+def _no_scale_kernel(name, operands):
+    """Scales are read beside their values: in the same rows, and for whole groups of 8 elements."""
+    for key in ("k", "v"):
+        values, scale = operands[key], operands[f"{key}_scale"]
+        if scale.shape == (0,):
+            continue
+        group = values.shape[-1] // scale.shape[-1]
+        if scale.shape[-1] > 1 and group % 8:
+            return f"groups of {group} elements in {key}; kernels take multiples of 8"
+        if name == "jax_fa_fwd" and scale.shape[0] not in (1, values.shape[0]):
+            return (
+                f"scales of {key} with batch {scale.shape[0]} for values with batch "
+                f"{values.shape[0]}; kernels take the same batch or 1"
+            )
+    return None
+
+
+def _no_grid(name, operands):
+    """CUDA's bound on the second and third dimension of a grid."""
+    if name == "jax_fa_decode" and operands["q"].shape[0] > _MAX_GRID:
+        return f"batch {operands['q'].shape[0]}; kernels take up to {_MAX_GRID}"
     return None

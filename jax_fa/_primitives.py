@@ -10,15 +10,15 @@ Operands, each with the way it behaves under vmap (`Kind`):
   lse, dlse         dense `[B, N, T, 1]` or packed `[N, total, 1]`: of the rank of q, so that
                     `q.update` makes their type
   k, v              dense `[B_x, S, K, H]`, packed `[total_k, K, H]`, caches `[X, S, K, H]` or pools
-                    `[P, page, K, H]`; each dense one has its own B_x, which divides B, and batch row
-                    b reads row b % B_x
+                    `[P, page, K, H]`; each dense one has its own B_x, which divides B, and batch
+                    row b reads row b % B_x
   k_scale, v_scale  float32 `[B_x | X | P, K, S | page, G]`, packed `[K, total_k, G]`, any axis but
                     the last may be 1
   slopes, sinks     float32 `[B, N]`
   bias              `[B_x, N | 1, T | 1, S | 1]`
   *_lengths, counts int32 `[B]`
   *_start           int32 `[B]`: where a row's tokens begin in a packed array
-  rows, page_table  int32 `[B]`, `[B, max_pages]`: the rows or pages of a cache that batch row b reads
+  rows, page_table  int32 `[B]`, `[B, max_pages]`: rows or pages of a cache that batch row b reads
   layer             int32 `[1]` or `[B]`
   seeds             uint32 `[B, 2]`
 
@@ -88,7 +88,7 @@ def _attention_avals(q, v):
 
 
 def _fwd_avals(x, static):
-    """A packed qkv has rank 5, and so have its results: `[B, T, 1, N, Hv]` and `[B, N, T, 1, 1]`."""
+    """A packed qkv has rank 5, as have its results: `[B, T, 1, N, Hv]` and `[B, N, T, 1, 1]`."""
     q = x["q"]
     if static["layout"] == _layout.QKV_PACKED:
         batch, len_q, _, heads, dim = q.shape

@@ -1,7 +1,5 @@
 """What `jax-fa info` and `jax-fa explain` print."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 
@@ -46,7 +44,12 @@ def shape_call(args):
         page, pages = args.page_size or len_kv, -(-len_kv // (args.page_size or len_kv))
         cache = jax.eval_shape(
             lambda: PagedKVCache.create(
-                args.batch * pages, page, args.batch, pages, kv_heads, args.head_dim,
+                args.batch * pages,
+                page,
+                args.batch,
+                pages,
+                kv_heads,
+                args.head_dim,
                 dtype=kv_dtype,
             )  # fmt: skip
         )

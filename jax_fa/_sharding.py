@@ -1,4 +1,4 @@
-"""Calls under meshes: operands of shard_map made to vary alike, explicit meshes left for a while."""
+"""Calls under meshes: operands of shard_map vary alike, explicit meshes are left for a while."""
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -8,8 +8,8 @@ def run(fn, operands, like, axes, results):
     """`fn(operands)`, whose results are sharded as `like` is.
 
     Under `shard_map(check_vma=True)` all operands are made to vary over the union of their manual
-    axes, so that JAX sums the gradients of those that did not. On a mesh with explicit axes the call
-    runs under `jax.sharding.auto_axes`.
+    axes, so that JAX sums the gradients of those that did not. On a mesh with explicit axes the
+    call runs under `jax.sharding.auto_axes`.
 
     Args:
       fn: Called with the pytree `operands`; returns a flat tuple of arrays.

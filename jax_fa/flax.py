@@ -266,7 +266,9 @@ class CachedAttention(nnx.Module):
             window=self.window,
             softcap=self.softcap,
         )
-        kv_lengths = lengths + (len_q if counts is None else counts)
+        added = len_q if counts is None else counts
+        # Tokens past the capacity were dropped: no kernel may read them.
+        kv_lengths = jnp.minimum(lengths + added, cache.capacity)
         if len_q == 1 or (counts is None and len_q <= _MAX_DECODE_TOKENS):
             return decode_attention(q, cache.k, cache.v, kv_lengths, **options).astype(dtype)
         if counts is None:

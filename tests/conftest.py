@@ -1,6 +1,6 @@
 import os
 
-# before jax is imported: meshes need several devices, on a CPU too; and tests compile more than they run
+# before jax is imported: meshes need several devices; tests compile more than they run
 _FLAGS = ["--xla_force_host_platform_device_count=4"]
 if not os.path.exists("/dev/nvidiactl"):
     _FLAGS.append("--xla_backend_optimization_level=0")

@@ -12,7 +12,7 @@ def as_float64(x):
 
 
 def dequantize(values, scale):
-    """values `[..., S, K, H]` times scale `[..., K | 1, S | 1, G]`, G along H; scale may be None."""
+    """values `[..., S, K, H]` times scale `[..., K | 1, S | 1, G]` or None; G divides H."""
     values = as_float64(values)
     if scale is None:
         return values
@@ -20,12 +20,33 @@ def dequantize(values, scale):
     return values * np.repeat(scale, values.shape[-1] // scale.shape[-1], axis=-1)
 
 
+def rounding_to(dtype):
+    """Rounds float64 numbers to a dtype; float32 means TF32, in which tensor cores multiply it."""
+    if dtype is None:
+        return lambda x: x
+    if np.dtype(dtype) != np.float32:
+        return lambda x: x.astype(dtype).astype(np.float64)
+
+    def tf32(x):
+        bits = x.astype(np.float32).view(np.uint32)
+        kept = (bits + np.uint32(0xFFF) + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)
+        return np.where(np.isfinite(x), kept.view(np.float32), x).astype(np.float64)
+
+    return tf32
+
+
 def attention_row(
     q, k, v, *, scale=None, causal=False, window=None, softcap=None, slopes=None, sinks=None,
-    bias=None, keep=None, dropout_rate=0.0, top_left=False,
+    bias=None, keep=None, dropout_rate=0.0, top_left=False, rounded=None,
 ):  # fmt: skip
     """One row: q `[T', N, H]`, k `[S', K, H]`, v `[S', K, Hv]`, slopes and sinks `[N]`, bias and
-    keep `[N, T', S']`; returns o `[T', N, Hv]` and lse `[N, T']`."""
+    keep `[N, T', S']`; returns o `[T', N, Hv]` and lse `[N, T']`.
+
+    rounded: a dtype to which scores, probabilities and outputs are rounded, as in the naive
+    computation in that dtype; None: float64 throughout.
+    """
+    to = rounding_to(rounded)
+    q, k, v = to(q), to(k), to(v)
     len_q, heads, dim = q.shape
     len_kv, heads_kv, _ = k.shape
     scale = dim**-0.5 if scale is None else scale
@@ -46,13 +67,13 @@ def attention_row(
     lse = np.full((heads, len_q), -np.inf)
     for n in range(heads):
         head = n // (heads // heads_kv)
-        score = scale * (q[:, n] @ k[:, head].T)
+        score = to(scale * (q[:, n] @ k[:, head].T))
         if softcap:
-            score = softcap * np.tanh(score / softcap)
+            score = to(softcap * np.tanh(to(score / softcap)))
         if slopes is not None:
-            score = score - slopes[n] * np.abs(diagonal - j)
+            score = to(score - slopes[n] * np.abs(diagonal - j))
         if bias is not None:
-            score = score + bias[n]
+            score = to(score + bias[n])
         score = np.where(visible, score, -np.inf)
         if sinks is not None:
             score = np.concatenate([score, np.full((len_q, 1), sinks[n])], axis=1)
@@ -66,7 +87,7 @@ def attention_row(
             if keep is not None:
                 p = np.where(keep[n, t], p, 0) / (1 - dropout_rate)
             seen = p > 0  # a NaN behind a probability of 0 is not seen
-            out[t, n] = p[seen] @ v[seen, head]
+            out[t, n] = to(to(p[seen]) @ v[seen, head])
     return out, lse
 
 
@@ -78,7 +99,7 @@ def attention(
     q, k, v, *, q_lengths=None, kv_lengths=None, alibi_slopes=None, sinks=None, bias=None,
     dropout_rate=0.0, seeds=None, broadcast_dropout=False, **options,
 ):  # fmt: skip
-    """Dense: q `[B, T, N, H]`, k `[B, S, K, H]`, v `[B, S, K, Hv]`; o `[B, T, N, Hv]`, lse `[B, N, T]`."""
+    """q `[B, T, N, H]`, k `[B, S, K, H]`, v `[B, S, K, Hv]`; o `[B, T, N, Hv]`, lse `[B, N, T]`."""
     q, k, v, bias = (as_float64(x) for x in (q, k, v, bias))
     slopes, sinks = (_rows_of(as_float64(x), q.shape[0]) for x in (alibi_slopes, sinks))
     batch, len_q, heads, _ = q.shape
@@ -130,7 +151,9 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
     k, v = as_float64(k), as_float64(v)
     cu_q, cu_k = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
     rows = [slice(a, b) for a, b in zip(cu_k[:-1], cu_k[1:])]
-    return packed(q, [k[r] for r in rows], [v[r] for r in rows], cu_q[:-1], np.diff(cu_q), **options)
+    return packed(
+        q, [k[r] for r in rows], [v[r] for r in rows], cu_q[:-1], np.diff(cu_q), **options
+    )
 
 
 def cache_rows(x, kv_lengths, *, page_table=None, batch_index=None, layer=None):
@@ -142,9 +165,8 @@ def cache_rows(x, kv_lengths, *, page_table=None, batch_index=None, layer=None):
             row = b % x.shape[0] if batch_index is None else int(batch_index[b])
             rows.append(x[row, :length])
         else:
-            page = x.shape[1]
-            tokens = [x[int(page_table[b][j // page]), j % page] for j in range(length)]
-            rows.append(np.stack(tokens) if tokens else np.zeros((0, *x.shape[2:])))
+            j, page = np.arange(length), x.shape[1]
+            rows.append(x[np.asarray(page_table)[b][j // page], j % page])
     return rows
 
 

@@ -1,5 +1,6 @@
 """Values of whole-sequence attention against the float64 oracle."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,6 @@ from reference import assert_close
 from reference import attention as oracle
 from reference import varlen as varlen_oracle
 
-import cases
 import jax_fa
 
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 5e-6, "float64": 1e-13}
@@ -89,7 +89,9 @@ def test_bias_of_minus_infinity_hides(rng):
     check((out, lse), expected)
 
 
-@pytest.mark.parametrize("axes", [(1, 1, 1, 1), (2, 4, 1, 1), (1, 1, 19, 1), (1, 4, 1, 35)], ids=str)
+@pytest.mark.parametrize(
+    "axes", [(1, 1, 1, 1), (2, 4, 1, 1), (1, 1, 19, 1), (1, 4, 1, 35)], ids=str
+)
 def test_bias_broadcasts(axes, rng):
     q, k, v = cases.qkv(rng, cases.Shape(2, 19, 35, 4, 2, 16))
     check(*run(q, k, v, {"bias": cases.normal(rng, *axes)}))

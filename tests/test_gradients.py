@@ -2,21 +2,23 @@
 
 import functools as ft
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import assert_close, dropout_keep
 
-import cases
 import jax_fa
 
 SHAPE = cases.Shape(2, 21, 37, 4, 2, 16)
 LOSS_SEED = 11
 
 
-def naive(q, k, v, *, scale=None, causal=False, window=None, softcap=None, alibi_slopes=None,
-          sinks=None, bias=None, q_lengths=None, kv_lengths=None, keep=None, dropout_rate=0.0):  # fmt: skip
+def naive(
+    q, k, v, *, scale=None, causal=False, window=None, softcap=None, alibi_slopes=None, sinks=None,
+    bias=None, q_lengths=None, kv_lengths=None, keep=None, dropout_rate=0.0,
+):  # fmt: skip
     """Section 2 with the whole matrix of scores, differentiable; lse is 0 where it is -inf."""
     batch, len_q, heads, dim = q.shape
     len_kv, group = k.shape[1], heads // k.shape[2]
@@ -58,7 +60,9 @@ def naive(q, k, v, *, scale=None, causal=False, window=None, softcap=None, alibi
 def weights(shape):
     rng = np.random.default_rng(LOSS_SEED)
     b, t, _, n = shape[0], shape[1], shape[2], shape[3]
-    return rng.standard_normal((b, t, n, shape.dim_v or shape.head_dim)), rng.standard_normal((b, n, t))
+    return rng.standard_normal((b, t, n, shape.dim_v or shape.head_dim)), rng.standard_normal(
+        (b, n, t)
+    )
 
 
 def loss_of(fn, shape):
@@ -148,7 +152,9 @@ def test_gradients_of_shapes(shape, rng):
     check(cases.qkv(rng, shape), options, shape)
 
 
-@pytest.mark.parametrize("axes", [(1, 1, 1, 1), (2, 4, 1, 1), (1, 1, 21, 37), (2, 1, 21, 1)], ids=str)
+@pytest.mark.parametrize(
+    "axes", [(1, 1, 1, 1), (2, 4, 1, 1), (1, 1, 21, 37), (2, 1, 21, 1)], ids=str
+)
 def test_gradient_of_a_broadcast_bias_is_summed(axes, rng):
     check(cases.qkv(rng, SHAPE), {"bias": cases.normal(rng, *axes), "causal": True}, SHAPE)
 
@@ -241,7 +247,9 @@ def test_packed_buffers_get_one_gradient(rng):
 LENGTHS_Q, LENGTHS_K = [0, 7, 1, 20, 5], [3, 7, 30, 12, 0]
 
 
-@pytest.mark.parametrize("names", [(), ("causal", "sinks"), ("window", "softcap"), ("causal", "dropout")])
+@pytest.mark.parametrize(
+    "names", [(), ("causal", "sinks"), ("window", "softcap"), ("causal", "dropout")]
+)
 def test_varlen_gradients_equal_those_of_each_row(names, rng):
     shape = cases.Shape(5, 20, 30, 4, 2, 8)
     options = cases.options_of(names, rng, shape)
@@ -357,7 +365,9 @@ def test_gradient_through_a_scan(rng):
     q, k, v = cases.qkv(rng, cases.Shape(1, 9, 9, 2, 2, 8))
 
     def scanned(q):
-        return jax.lax.scan(lambda x, _: (jax_fa.flash_attention(x, k, v), None), q, length=3)[0].sum()
+        return jax.lax.scan(lambda x, _: (jax_fa.flash_attention(x, k, v), None), q, length=3)[
+            0
+        ].sum()
 
     def unrolled(q):
         for _ in range(3):

@@ -1,5 +1,5 @@
-// Appends new keys and values to a cache in place: finds each token's row or page, turns the keys by
-// their position, and casts or quantizes both.
+// Appends new keys and values to a cache in place: finds each token's row or page, turns the keys
+// by their position, and casts or quantizes both.
 //
 // grid (new tokens, k and v). A block owns one token of one tensor; its warps take the heads in
 // turn. A warp stages a head's row in shared memory, since rotary pairs elements across lanes.
@@ -136,7 +136,8 @@ template <typename T>
 __device__ void stage(float* sRow, const AppendParams& p, const Target& x, int token, int position,
                       int head, bool rotate) {
   const int lane = threadIdx.x % 32;
-  const T* const row = static_cast<const T*>(x.fresh) + (int64_t(token) * p.heads_kv + head) * x.dim;
+  const T* const row =
+      static_cast<const T*>(x.fresh) + (int64_t(token) * p.heads_kv + head) * x.dim;
   __syncwarp();  // the previous head's row has been read
 #pragma unroll 1
   for (int d = lane * kVector; d < x.dim; d += 32 * kVector) {
@@ -192,12 +193,18 @@ __device__ void write(const float* sGroup, void* cache, int64_t offset, int size
 __device__ void write(DType dtype, const float* sGroup, void* cache, int64_t offset, int size,
                       float scale) {
   switch (dtype) {
-    case DType::kF16: return write<__half>(sGroup, cache, offset, size, scale);
-    case DType::kBF16: return write<__nv_bfloat16>(sGroup, cache, offset, size, scale);
-    case DType::kF32: return write<float>(sGroup, cache, offset, size, scale);
-    case DType::kInt8: return write<int8_t>(sGroup, cache, offset, size, scale);
-    case DType::kE4M3: return write<__nv_fp8_e4m3>(sGroup, cache, offset, size, scale);
-    case DType::kE5M2: return write<__nv_fp8_e5m2>(sGroup, cache, offset, size, scale);
+    case DType::kF16:
+      return write<__half>(sGroup, cache, offset, size, scale);
+    case DType::kBF16:
+      return write<__nv_bfloat16>(sGroup, cache, offset, size, scale);
+    case DType::kF32:
+      return write<float>(sGroup, cache, offset, size, scale);
+    case DType::kInt8:
+      return write<int8_t>(sGroup, cache, offset, size, scale);
+    case DType::kE4M3:
+      return write<__nv_fp8_e4m3>(sGroup, cache, offset, size, scale);
+    case DType::kE5M2:
+      return write<__nv_fp8_e5m2>(sGroup, cache, offset, size, scale);
   }
 }
 
@@ -237,8 +244,8 @@ __global__ void __launch_bounds__(kWarps * 32)
       const float* const sGroup = sRow + g * size;
       float scale = 1.f;
       if (x.groups > 0) {
-        float* const gScale = x.scale + slot.row * x.scale_row_stride +
-                              head * x.scale_head_stride + slot.token * x.scale_token_stride + g;
+        float* const gScale = x.scale + slot.row * x.scale_row_stride + head * x.scale_head_stride +
+                              slot.token * x.scale_token_stride + g;
         if (p.scale_given) {
           scale = *gScale;
         } else {
@@ -277,10 +284,14 @@ cudaError_t launch_append(const AppendParams& p, cudaStream_t stream) {
     return cudaGetLastError();
   };
   switch (p.dtype) {
-    case DType::kF16: return run.template operator()<__half>();
-    case DType::kBF16: return run.template operator()<__nv_bfloat16>();
-    case DType::kF32: return run.template operator()<float>();
-    default: return cudaErrorInvalidValue;
+    case DType::kF16:
+      return run.template operator()<__half>();
+    case DType::kBF16:
+      return run.template operator()<__nv_bfloat16>();
+    case DType::kF32:
+      return run.template operator()<float>();
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

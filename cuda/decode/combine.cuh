@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
     for (int split = part; split < scratch.splits; split += T::kParts) {
       const float weight = sWeight[split];
       if (weight == 0.f) continue;  // perhaps an empty split, which writes no partial
-      const float4 x = __ldcs(reinterpret_cast<const float4*>(
-          scratch.o + (split * rows + row) * p.head_dim_v + dim));
+      const float4 x = __ldcs(
+          reinterpret_cast<const float4*>(scratch.o + (split * rows + row) * p.head_dim_v + dim));
       o = {o.x + weight * x.x, o.y + weight * x.y, o.z + weight * x.z, o.w + weight * x.w};
     }
   }

@@ -3,7 +3,7 @@
 // The order of the dims inside a product is free as long as both operands agree. So a lane owns
 // `kElements` consecutive dims of a row, moved at once, and these are what it feeds to the mma:
 // four at a time along K's rows (A[token, dim] of S^T = K Q^T), two at a time across pairs of V's
-// rows (A[dim, token] of O^T = V^T P^T). No lane needs another's bytes.
+// rows (A[dim, token] of O^T = V^T P^T): nothing is transposed.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -64,8 +64,7 @@ __device__ __forceinline__ uint2 widen_e4m3(uint32_t x) {
   // of the biases). 480 does not exist in e4m3: its pattern is NaN.
   const auto widen = [](uint32_t h) {  // two bytes, each in the upper half of 16 bits
     const uint32_t bits = (h & 0x80008000u) | ((h & 0x7f007f00u) >> 1);
-    const __half2 value =
-        __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.f));
+    const __half2 value = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.f));
     return reinterpret_cast<const uint32_t&>(value) |
            __hgt2_mask(__habs2(value), __float2half2_rn(448.f));
   };
@@ -83,6 +82,7 @@ __device__ __forceinline__ uint32_t interleave(uint32_t x, uint32_t y, int i) {
 //   kTokenScale     may have a scale for a row, which multiplies scores and probabilities
 //   kGroupScale     may have scales for groups of dims, which multiply elements
 //   Lane            a lane's part of one row: kElements elements, kBytes bytes
+//   kCopyBytes      what rows are aligned to
 //   along(x, i)     elements 4i .. 4i + 3 of one row
 //   across(x, y, i) elements 2i and 2i + 1 of two rows: {x[2i], y[2i]}, {x[2i + 1], y[2i + 1]}
 
@@ -95,7 +95,7 @@ template <DType kDType>
 struct Float16 {
   static constexpr DType kMma = kDType;
   static constexpr bool kTokenScale = false, kGroupScale = false;
-  static constexpr int kBytes = 16, kElements = 8;
+  static constexpr int kBytes = 16, kElements = 8, kCopyBytes = 16;
 
   struct Lane {
     Bytes<kBytes> x;
@@ -117,7 +117,7 @@ template <DType kDType, int kLaneBytes>
 struct Byte {
   static constexpr DType kMma = DType::kF16;
   static constexpr bool kTokenScale = true, kGroupScale = false;
-  static constexpr int kBytes = kLaneBytes, kElements = kLaneBytes;
+  static constexpr int kBytes = kLaneBytes, kElements = kLaneBytes, kCopyBytes = 16;
 
   struct Lane {
     Bytes<kBytes> x;
@@ -144,7 +144,7 @@ template <DType kDType>
 struct AnyByte {
   static constexpr DType kMma = kDType;
   static constexpr bool kTokenScale = true, kGroupScale = true;
-  static constexpr int kBytes = 8, kElements = 8;
+  static constexpr int kBytes = 8, kElements = 8, kCopyBytes = 8;
 
   struct Lane {
     Bytes<kBytes> x;

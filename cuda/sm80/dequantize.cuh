@@ -59,10 +59,10 @@ __device__ inline float column_scale(const KvTensor& x, const KvHead& kv, int ke
   return x.scale[scale_offset(x, kv.where(key), kv.head)] / downscale(x.dtype);
 }
 
-// As load_kv, for keys of 8 bits or of the type of the queries; their column's factors go to sScale.
+// As load_kv, for keys of 8 bits or of the type of the queries; sScale gets their columns' factors.
 template <class Traits, int kRows>
-__device__ void load_kv_quantized(uint32_t sTile, float* sScale, const KvTensor& x, const KvHead& kv,
-                                  int first, int head_dim) {
+__device__ void load_kv_quantized(uint32_t sTile, float* sScale, const KvTensor& x,
+                                  const KvHead& kv, int first, int head_dim) {
   using Layout = TileLayout<Traits>;
   if (threadIdx.x < kRows) sScale[threadIdx.x] = column_scale(x, kv, first + threadIdx.x);
   if (x.dtype == Traits::kDType) {

@@ -1,4 +1,4 @@
-// Prefill attention on mma.sync: o = softmax(score(q k^T)) v and its lse, for every GPU from sm_80 on.
+// Prefill attention on mma.sync: o = softmax(score(q k^T)) v and its lse, for GPUs from sm_80 on.
 //
 // A block takes one tile of kBlockM queries of one head and walks the tiles of keys that some of
 // them see, from the last to the first. Each warp owns whole rows: scores, probabilities and output
@@ -35,7 +35,6 @@ struct Traits {
   static constexpr int kBlockN = kTile.n;
   static constexpr int kWarps = kTile.warps;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kStages = kTile.stages;
   static constexpr int kWarpM = kBlockM / kWarps;
   static constexpr int kMTiles = kWarpM / 16;
   static_assert(kWarpM % 16 == 0 && kBlockN % 16 == 0 && kHeadDim % 32 == 0);
@@ -55,12 +54,12 @@ struct BlockPlan {
 template <class Traits, bool kQuantized>
 struct SharedStorage {
   using Element = typename Traits::Element;
-  static constexpr int kStages = Traits::kStages, kScales = kQuantized ? Traits::kBlockN : 1;
+  static constexpr int kScales = kQuantized ? Traits::kBlockN : 1;
 
   alignas(128) Element q[Traits::kBlockM][Traits::kHeadDim];
-  alignas(128) Element k[kStages][Traits::kBlockN][Traits::kHeadDim];
-  alignas(128) Element v[kStages][Traits::kBlockN][Traits::kHeadDim];
-  float k_scale[kStages][kScales], v_scale[kStages][kScales];
+  alignas(128) Element k[Traits::kBlockN][Traits::kHeadDim];
+  alignas(128) Element v[Traits::kBlockN][Traits::kHeadDim];
+  float k_scale[kScales], v_scale[kScales];
   BlockPlan<Traits> plan;
 };
 
@@ -73,18 +72,16 @@ struct Producer {
   __device__ void load_q(const QueryTile& tile) const {
     const auto* gQ = static_cast<const typename Traits::Element*>(params.q) +
                      tile.token0 * params.q_token_stride + tile.head * params.q_head_stride;
-    copy_tile<Traits, Traits::kBlockM>(
-        ptx::shared_address(shared.q), min(tile.rows, tile.len_q - tile.row0), params.head_dim,
-        [&](int row) { return gQ + row * params.q_token_stride; });
+    copy_tile<Traits, Traits::kBlockM>(ptx::shared_address(shared.q),
+                                       min(tile.rows, tile.len_q - tile.row0), params.head_dim,
+                                       [&](int row) { return gQ + row * params.q_token_stride; });
   }
 
   __device__ void load_k(int n) const {
-    const int stage = n % Traits::kStages;
-    load(params.k, shared.plan.k, params.head_dim, shared.k[stage], shared.k_scale[stage], n);
+    load(params.k, shared.plan.k, params.head_dim, shared.k, shared.k_scale, n);
   }
   __device__ void load_v(int n) const {
-    const int stage = n % Traits::kStages;
-    load(params.v, shared.plan.v, params.head_dim_v, shared.v[stage], shared.v_scale[stage], n);
+    load(params.v, shared.plan.v, params.head_dim_v, shared.v, shared.v_scale, n);
   }
 
  private:
@@ -105,7 +102,7 @@ struct Producer {
 template <class Traits, class Score, bool kQuantized>
 struct Consumer {
   static constexpr int kMTiles = Traits::kMTiles;
-  static constexpr int kBlockN = Traits::kBlockN, kStages = Traits::kStages;
+  static constexpr int kBlockN = Traits::kBlockN;
   // Probabilities times quantized values' scales leave no headroom in float16.
   static constexpr int kSlackLog2 = kQuantized ? 0 : 8;
 
@@ -122,7 +119,7 @@ struct Consumer {
 
   __device__ Score score() const {
     const QueryTile& tile = shared.plan.tile;
-    return Score(params, tile.b, tile.head, tile.len_q, shared.plan.k.len);
+    return Score(params, tile.b, tile.head, tile.len_q, shared.plan.mask);
   }
 
   // Calls f(x, i, j) for each score of this lane in the tile whose first key is key0.
@@ -170,14 +167,14 @@ struct Consumer {
     for_each_score(0, [&](float& x, int, int j) { x *= sScale[j]; });
   }
 
-  __device__ void multiply_keys(int stage) {
-    gemm_qk<Traits>(s, ptx::shared_address(shared.q[warp_row]), ptx::shared_address(shared.k[stage]));
-    if constexpr (kQuantized) scale_columns(shared.k_scale[stage]);
+  __device__ void multiply_keys() {
+    gemm_qk<Traits>(s, ptx::shared_address(shared.q[warp_row]), ptx::shared_address(shared.k));
+    if constexpr (kQuantized) scale_columns(shared.k_scale);
   }
 
-  __device__ void multiply_values(int stage) {
-    if constexpr (kQuantized) scale_columns(shared.v_scale[stage]);
-    gemm_pv<Traits>(o, s, ptx::shared_address(shared.v[stage]));
+  __device__ void multiply_values() {
+    if constexpr (kQuantized) scale_columns(shared.v_scale);
+    gemm_pv<Traits>(o, s, ptx::shared_address(shared.v));
   }
 
   __device__ void apply_softmax() {
@@ -222,11 +219,13 @@ struct Consumer {
 
 // Each part by a thread of a warp of its own: they are chains of dependent loads and divisions.
 template <class Traits>
-__device__ void make_plan(BlockPlan<Traits>& plan, const AttentionParams& p, const QueryTile& tile) {
+__device__ void make_plan(BlockPlan<Traits>& plan, const AttentionParams& p,
+                          const QueryTile& tile) {
   constexpr int kBlockN = Traits::kBlockN;
-  const int b = max(tile.b, 0), head = tile.head / (p.heads_q / p.heads_kv), warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32;
+  const int b = max(tile.b, 0), head = tile.head / (p.heads_q / p.heads_kv);
   const int len_kv = p.kv.length ? min(max(p.kv.length[b], 0), p.kv.len_kv) : p.kv.len_kv;
-  const IntervalMask mask(tile.len_q, len_kv, p.window_left, p.window_right);
+  const IntervalMask mask(tile.len_q, len_kv, p.window_left, p.window_right, p.top_left);
   if (threadIdx.x % 32 != 0) return;
   if (warp == 0) {
     const int row_end = min(tile.row0 + tile.rows, tile.len_q);
@@ -251,27 +250,20 @@ __device__ void make_plan(BlockPlan<Traits>& plan, const AttentionParams& p, con
 // One tile of keys; kMasked where some query of the block does not see all of it.
 template <bool kMasked, class Producer, class Consumer>
 __device__ __forceinline__ void step(const Producer& producer, Consumer& consumer, int n) {
-  constexpr int kBlockN = Consumer::kBlockN, kStages = Consumer::kStages;
+  constexpr int kBlockN = Consumer::kBlockN;
   const TileMask kind = kMasked ? consumer.classify(n * kBlockN) : TileMask::kFull;
   ptx::cp_async_wait_all();
   __syncthreads();  // K(n) has landed, and every warp is done with V(n + 1)
-  if (kStages == 1) {
-    producer.load_v(n);
-  } else if (n > producer.shared.plan.begin) {
-    producer.load_k(n - 1);
-    producer.load_v(n - 1);
-  }
-  if (kind != TileMask::kSkip) consumer.multiply_keys(n % kStages);
-  if (kStages == 1) {
-    ptx::cp_async_wait_all();
-    __syncthreads();  // V(n) has landed, and every warp is done with K(n)
-    if (n > producer.shared.plan.begin) producer.load_k(n - 1);
-  }
+  producer.load_v(n);
+  if (kind != TileMask::kSkip) consumer.multiply_keys();
+  ptx::cp_async_wait_all();
+  __syncthreads();  // V(n) has landed, and every warp is done with K(n)
+  if (n > producer.shared.plan.begin) producer.load_k(n - 1);
   if (kind == TileMask::kSkip) return;
   consumer.apply_score(n * kBlockN);
   if (kind == TileMask::kPartial) consumer.apply_mask(n * kBlockN);
   consumer.apply_softmax();
-  consumer.multiply_values(n % kStages);
+  consumer.multiply_values();
 }
 
 template <class Traits, class Score, bool kQuantized>
@@ -291,12 +283,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.blocks_per_sm)
   Consumer<Traits, Score, kQuantized> consumer(params, shared);
   if (plan.begin < plan.end) {
     producer.load_k(plan.end - 1);
-    if (Traits::kStages == 2) producer.load_v(plan.end - 1);
   } else {
     ptx::cp_async_wait_all();
     __syncthreads();  // Q has landed: the epilogue reuses its place
   }
-  // Masked tiles, full ones, masked ones: the outer loop only spares a second copy of the first body.
+  // Masked tiles, full ones, masked ones: the outer loop spares a second copy of the masked body.
   for (int n = plan.end - 1; n >= plan.begin;) {
     for (; n >= plan.begin && (n < plan.full_begin || n >= plan.full_end); --n) {
       step<true>(producer, consumer, n);
@@ -330,6 +321,6 @@ cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream) 
 }
 
 template cudaError_t launch_fwd_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const AttentionParams&,
-                                                                          cudaStream_t);
+                                                                           cudaStream_t);
 
 }  // namespace jax_fa

@@ -30,8 +30,8 @@ struct TileLayout {
   }
 };
 
-// A thread's share of a tile: one column of chunks in each group, every kRowStep-th row. kRowStep is
-// a multiple of the swizzle's period, so that the share's place within a row is the same in all.
+// A thread's share of a tile: one column of chunks in each group, every kRowStep-th row. kRowStep
+// is a multiple of the swizzle's period, so that the share's place is the same in all its rows.
 template <class Traits, int kRows>
 struct TileShare {
   using Layout = TileLayout<Traits>;
@@ -91,7 +91,8 @@ __device__ void load_kv(uint32_t sTile, const KvTensor& x, const KvHead& kv, int
     });
   } else {
     const auto* gTile = gHead + first * x.token_stride;
-    copy_tile<Traits, kRows>(sTile, rows, dim, [&](int row) { return gTile + row * x.token_stride; });
+    copy_tile<Traits, kRows>(sTile, rows, dim,
+                             [&](int row) { return gTile + row * x.token_stride; });
   }
 }
 

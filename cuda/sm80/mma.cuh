@@ -1,7 +1,7 @@
 // The two products of a tile, on mma.sync, from shared memory and registers.
 //
 // Both element widths share the fragments of Q K^T: a 16-byte chunk of a row holds 8 elements of 16
-// bits (two chunks are the k = 16 of m16n8k16) or 4 tf32 ones (two chunks are the k = 8 of m16n8k8),
+// bits (two chunks are the k = 16 of m16n8k16) or 4 of tf32 (two chunks are the k = 8 of m16n8k8),
 // and ldmatrix hands out the same 4 bytes to the same lane.
 #pragma once
 
@@ -60,7 +60,9 @@ template <class Traits>
 __device__ void gemm_qk(ScoreTile<Traits>& s, uint32_t sQ, uint32_t sK) {
   using Layout = TileLayout<Traits>;
   const int lane = threadIdx.x % 32;
-  const uint32_t place = Layout::offset(lane % 16, lane / 16);
+  const uint32_t q_place = Layout::offset(lane % 16, lane / 16);
+  // The two chunks of 8 keys arrive in adjacent registers, as the right operand needs them.
+  const uint32_t k_place = Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
   for (auto& row : s) {
 #pragma unroll
@@ -71,24 +73,24 @@ __device__ void gemm_qk(ScoreTile<Traits>& s, uint32_t sQ, uint32_t sK) {
     uint32_t q[Traits::kMTiles][4];
 #pragma unroll
     for (int m = 0; m < Traits::kMTiles; ++m) {
-      ptx::ldmatrix_x4(q[m], sQ + Layout::advance(place, 2 * k) + m * 16 * Layout::kRowBytes);
+      ptx::ldmatrix_x4(q[m], sQ + Layout::advance(q_place, 2 * k) + m * 16 * Layout::kRowBytes);
       round_operand<Traits>(q[m]);
     }
 #pragma unroll
     for (int n = 0; n < Traits::kBlockN / 16; ++n) {
-      uint32_t keys[4];  // two chunks of two blocks of 8 keys
-      ptx::ldmatrix_x4(keys, sK + Layout::advance(place, 2 * k) + n * 16 * Layout::kRowBytes);
+      uint32_t keys[4];  // two blocks of 8 keys, two chunks of each
+      ptx::ldmatrix_x4(keys, sK + Layout::advance(k_place, 2 * k) + n * 16 * Layout::kRowBytes);
       round_operand<Traits>(keys);
 #pragma unroll
       for (int m = 0; m < Traits::kMTiles; ++m) {
-        Mma<Traits::kDType>::mma(s[m][2 * n], q[m], keys[0], keys[2]);
-        Mma<Traits::kDType>::mma(s[m][2 * n + 1], q[m], keys[1], keys[3]);
+        Mma<Traits::kDType>::mma(s[m][2 * n], q[m], keys[0], keys[1]);
+        Mma<Traits::kDType>::mma(s[m][2 * n + 1], q[m], keys[2], keys[3]);
       }
     }
   }
 }
 
-// o += p v. Accumulators of 16 keys become the left operand of m16n8k16 by packing pairs of columns.
+// o += p v. Accumulators of 16 keys become the left operand of m16n8k16 by packing column pairs.
 template <class Traits>
   requires(Traits::kDType != DType::kF32)
 __device__ void gemm_pv(OutputTile<Traits>& o, const ScoreTile<Traits>& p, uint32_t sV) {
@@ -102,14 +104,15 @@ __device__ void gemm_pv(OutputTile<Traits>& o, const ScoreTile<Traits>& p, uint3
     for (int m = 0; m < Traits::kMTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&pair)[4] = p[m][2 * k + i / 2];
+        const float (&pair)[4] = p[m][2 * k + i / 2];
         weights[m][i] = Product::pack(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
       }
     }
 #pragma unroll
     for (int d = 0; d < Traits::kHeadDim / 16; ++d) {
       uint32_t values[4];  // two blocks of 8 dims, two blocks of 8 keys of each
-      ptx::ldmatrix_x4_trans(values, sV + Layout::advance(place, 2 * d) + k * 16 * Layout::kRowBytes);
+      const uint32_t sBlock = sV + k * 16 * Layout::kRowBytes;
+      ptx::ldmatrix_x4_trans(values, sBlock + Layout::advance(place, 2 * d));
 #pragma unroll
       for (int m = 0; m < Traits::kMTiles; ++m) {
         Product::mma(o[m][2 * d], weights[m], values[0], values[1]);

@@ -68,8 +68,8 @@ __device__ inline QueryTile locate_tile(const AttentionParams& p) {
     out.row0 = tile * kBlockM;
   }
   out.token0 = int64_t(begin) + out.row0;
-  const bool filled = p.q_start ? pair < p.heads_q : out.b < p.batch;  // the last section may not be
-  out.rows = filled ? min(kBlockM, end - begin - out.row0) : 0;
+  const bool exists = p.q_start ? pair < p.heads_q : out.b < p.batch;  // else past the last section
+  out.rows = exists ? min(kBlockM, end - begin - out.row0) : 0;
   if (out.rows <= 0) return out;
   const int length = p.q_length ? p.q_length[max(out.b, 0)] : p.len_q;
   out.len_q = out.b < 0 ? 0 : min(max(length, 0), end - begin);

@@ -11,8 +11,8 @@ template <class Traits>
 struct OutputRows {
   using Element = typename Traits::Element;
 
-  Element* gO;    // [rows, heads_q, head_dim_v] from the tile's first row and its head on
-  float* gLse;    // [rows]
+  Element* gO;     // [rows, heads_q, head_dim_v] from the tile's first row and its head on
+  float* gLse;     // [rows]
   int64_t stride;  // of rows of gO
   int rows, dims;
 

@@ -12,22 +12,25 @@ namespace jax_fa {
 struct FwdTile {
   int m, n;           // queries and keys of a tile
   int warps;          // each owns m / warps queries
-  int stages;         // buffers of keys and of values
   int blocks_per_sm;  // what registers and shared memory are budgeted for
 };
 
-// Two 16-row products per warp (m = 32 * warps) halve the shared-memory reads of keys and values per
-// product, and without that they bound the loop; but their accumulators fill the register file from
-// head_dim 128 on. Q + K + V stay within 99 KB, the shared memory of a block on sm_86, 89 and 120.
-// General scores need registers of their own: their tiles of two products are half as wide.
+// Two 16-row products per warp (m = 32 * warps) halve the shared-memory reads of keys and values,
+// which bound the loop otherwise; past head_dim 128 their accumulators would not fit the registers.
+// General scores need registers of their own, so their tiles of two products are narrower. Q + K +
+// V stay within 99 KB, a block's limit on sm_86, 89 and 120.
+//
+// H200, bf16: at head_dim 64, n = 64 with three blocks an SM (it spills 20 bytes of its 168
+// registers) is 3 to 12 % behind for T = 1k to 16k; at 128, m = 64 with three blocks is 10 to 16 %
+// behind for T = 4k and 16k, and a second buffer of keys and values gains nothing.
 constexpr FwdTile fwd_sm80_tile(int head_dim_tile, DType dtype, bool general) {
   if (dtype == DType::kF32) {
-    if (head_dim_tile <= 128) return {64, 32, 4, 1, 2};
-    return {64, head_dim_tile <= 192 ? 32 : 16, 4, 1, 1};
+    if (head_dim_tile <= 128) return {64, 32, 4, 2};
+    return {64, head_dim_tile <= 192 ? 32 : 16, 4, 1};
   }
-  if (head_dim_tile <= 64) return {128, general ? 32 : 128, 4, 1, 2};
-  if (head_dim_tile <= 128) return {128, general ? 32 : 64, 4, 1, 2};
-  return {64, 64, 4, 1, 2};
+  if (head_dim_tile <= 64) return {128, general ? 32 : 128, 4, 2};
+  if (head_dim_tile <= 128) return {128, general ? 32 : 64, 4, 2};
+  return {64, 64, 4, 2};
 }
 
 inline bool fwd_sm80_quantized(const AttentionParams& p) {
@@ -49,7 +52,7 @@ struct FwdGrid {
   int64_t blocks;     // that have a pair
 };
 
-constexpr int64_t kFwdSectionBytes = 32 << 20;
+constexpr int64_t kFwdSectionBytes = 32 << 20, kMaxSections = 65535;
 
 inline int element_size(DType dtype) {
   if (dtype == DType::kF32) return 4;
@@ -66,7 +69,9 @@ inline FwdGrid fwd_sm80_grid(const AttentionParams& p, const FwdTile& tile) {
   const int64_t head_bytes = int64_t(p.kv.len_kv) * (p.head_dim * element_size(p.k.dtype) +
                                                      p.head_dim_v * element_size(p.v.dtype));
   const int64_t heads = std::max<int64_t>(1, kFwdSectionBytes / std::max<int64_t>(1, head_bytes));
-  const int64_t section = std::clamp<int64_t>(heads * (p.heads_q / p.heads_kv), 1, std::max<int64_t>(pairs, 1));
+  const int64_t fewest = std::max<int64_t>((pairs + kMaxSections - 1) / kMaxSections, 1);
+  const int64_t most = std::max<int64_t>(pairs, 1);
+  const int64_t section = std::clamp(heads * (p.heads_q / p.heads_kv), fewest, most);
   const int64_t sections = (pairs + section - 1) / section;
   return {unsigned(section), unsigned(tiles), unsigned(sections), int64_t(tiles) * pairs};
 }

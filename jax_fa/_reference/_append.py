@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from .._quantize import apply_scale, cast, group_amax, is_quantized_dtype, scale_of
 from .._rotary import rotate
-from ._keys import absent, row_of_token
+from ._keys import absent, at_layer, by_layer, row_of_token
 
 
 def _tokens(total, new_start, counts, lengths):
@@ -20,10 +20,15 @@ def _tokens(total, new_start, counts, lengths):
     return row, lengths[row] + index, inside
 
 
-def _write(cache, scale, x, given, at, slot):
+def _write(cache, scale, x, given, at, slot, stride):
     """Quantizes or casts x `[n, K, H]` into rows `at` and positions `slot` of a cache."""
+
+    def put(cache, x, *index):
+        split = by_layer(cache, stride).at[(*at_layer(at, stride), *index)]
+        return split.set(x, mode="drop").reshape(cache.shape)
+
     if not is_quantized_dtype(cache.dtype):
-        return cache.at[at, slot].set(x.astype(cache.dtype), mode="drop"), scale
+        return put(cache, x.astype(cache.dtype), slot), scale
     x = x.astype(jnp.float32)
     if absent(scale) is None:
         values = cast(x, cache.dtype)
@@ -37,8 +42,8 @@ def _write(cache, scale, x, given, at, slot):
             amax = amax.max(1, keepdims=True)
         fresh = scale_of(amax, cache.dtype)
         values = apply_scale(x, fresh, cache.dtype)
-        scale = scale.at[at, :, slot].set(fresh, mode="drop")
-    return cache.at[at, slot].set(values, mode="drop"), scale
+        scale = put(scale, fresh, slice(None), slot)
+    return put(cache, values, slot), scale
 
 
 def append(
@@ -65,6 +70,7 @@ def append(
     if absent(layer) is not None:
         dest = dest + jnp.broadcast_to(layer, lengths.shape)[row] * static["layer_stride"]
     dest = jnp.where(inside, dest, k.shape[0])  # out of bounds: dropped
-    k, k_scale = _write(k, k_scale, k_new, static["scale_given"], dest, slot)
-    v, v_scale = _write(v, v_scale, v_new, static["scale_given"], dest, slot)
+    stride = None if absent(layer) is None else static["layer_stride"]
+    k, k_scale = _write(k, k_scale, k_new, static["scale_given"], dest, slot, stride)
+    v, v_scale = _write(v, v_scale, v_new, static["scale_given"], dest, slot, stride)
     return [k, v, k_scale, v_scale]

@@ -160,7 +160,7 @@ def attend(q, keys, values, rows, bias, chunk, params):
         q_block = jnp.where(r.valid[..., None, None], q_block, 0)
 
         def step(c, carry):
-            m, l, o = carry
+            m, total, o = carry
             begin, start, positions = chunk_of(keys, chunk, c)
             bias_part = bias_block(bias, query, block, start, chunk, acc)
             k, v = load_chunk(keys, start), load_chunk(values, start)
@@ -169,27 +169,28 @@ def attend(q, keys, values, rows, bias, chunk, params):
             m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)
             p = jnp.exp(s - m_safe[..., None])
             shrink = jnp.exp(m - m_safe)
-            l = l * shrink + p.sum(-1)
+            total = total * shrink + p.sum(-1)
             if params.dropout_rate:
                 p = p * keep_block(r, positions, heads_q, params).astype(acc)
             rows_v, _, heads_kv, _ = v.shape
             p = p.reshape(batch // rows_v, rows_v, heads_kv, -1, block, chunk)
             pv = einsum("rbkgts,bskh->rbkgth", p, v).reshape(o.shape)
-            return m_new, l, o * shrink[..., None] + pv
+            return m_new, total, o * shrink[..., None] + pv
 
         # Carries start from an operand, so that they vary over the mesh axes that it varies over.
         zero = jnp.swapaxes(q_block[..., 0] * 0, 1, 2)
         zero = jnp.where(jnp.isnan(zero), 0, zero)
         if r.sinks is None:
-            m, l = zero - jnp.inf, zero
+            m, total = zero - jnp.inf, zero
         else:
-            m, l = zero + jnp.swapaxes(r.sinks, 1, 2).astype(acc), zero + 1
+            m, total = zero + jnp.swapaxes(r.sinks, 1, 2).astype(acc), zero + 1
         o = jnp.broadcast_to(zero[..., None], (*zero.shape, dim_v))
         first, last = chunk_bounds(r, chunk, keys.length)
-        m, l, o = lax.fori_loop(first, last, step, (m, l, o))
-        some = r.valid[:, None] & ((l > 0) | jnp.isnan(l))
-        lse = jnp.where(some, m + jnp.log(jnp.where(some, l, 1)), -jnp.inf)
-        o = jnp.where(some[..., None], o / jnp.where(some, l, 1)[..., None], 0)
+        m, total, o = lax.fori_loop(first, last, step, (m, total, o))
+        some = r.valid[:, None] & ((total > 0) | jnp.isnan(total))
+        total = jnp.where(some, total, 1)
+        lse = jnp.where(some, m + jnp.log(total), -jnp.inf)
+        o = jnp.where(some[..., None], o / total[..., None], 0)
         return jnp.swapaxes(o, 1, 2), lse
 
     if count == 1:

@@ -20,6 +20,20 @@ def absent(x):
     return None if x.shape == (0,) else x
 
 
+def by_layer(x, stride):
+    """x `[L * stride, ...]` as `[L, stride, ...]`, or as it is where stride is None.
+
+    Layers stay an axis of their own in reads and writes: merging them behind a loop's carry makes
+    XLA's CPU backend copy the whole cache.
+    """
+    return x if stride is None else x.reshape(-1, stride, *x.shape[1:])
+
+
+def at_layer(index, stride):
+    """The index of row or page `index` of x in `by_layer(x, stride)`."""
+    return (index,) if stride is None else (index // stride, index % stride)
+
+
 def row_of_token(start, length, total):
     """Row `[total]` of each packed token and whether it belongs to one; starts never decrease."""
     token = jnp.arange(total, dtype=jnp.int32)
@@ -27,6 +41,13 @@ def row_of_token(start, length, total):
     row = jnp.clip(row, 0, start.shape[0] - 1)
     inside = (token >= start[row]) & (token < start[row] + length[row])
     return row, inside
+
+
+def in_some_row(start, length, total):
+    """Whether each packed token belongs to a row; rows in any order, which may share tokens."""
+    edges = jnp.zeros((total + 1,), jnp.int32).at[start].add(1, mode="drop")
+    edges = edges.at[start + length].add(-1, mode="drop")
+    return jnp.cumsum(edges)[:total] > 0
 
 
 def _dequantize_chunk(x, scale, dtype):
@@ -57,7 +78,7 @@ def dense_keys(x, scale, chunk, dtype, live=None):
     return Keys(load, live, x.shape[1])
 
 
-def cached_keys(x, scale, chunk, dtype, live, slots):
+def cached_keys(x, scale, chunk, dtype, live, stride, slots):
     """x `[X, S, K, H]` read at row `slots` `[B]`."""
 
     def rows_of(x, start, axis, size):
@@ -67,9 +88,12 @@ def cached_keys(x, scale, chunk, dtype, live, slots):
         sizes = [1, *x.shape[1:]]
         if x.shape[axis] > 1:
             starts[axis], sizes[axis] = start, size
+        x = by_layer(x, stride)
+        sizes = [1] * (x.ndim - len(sizes)) + sizes
 
         def row(slot):
-            return lax.dynamic_slice(x, [slot, *starts[1:]], sizes)[0]
+            part = lax.dynamic_slice(x, [*at_layer(slot, stride), *starts[1:]], sizes)
+            return part.reshape(sizes[-3:])
 
         return jax.vmap(row)(slots)
 
@@ -81,7 +105,7 @@ def cached_keys(x, scale, chunk, dtype, live, slots):
     return Keys(load, live, x.shape[1])
 
 
-def paged_keys(x, scale, chunk, dtype, live, table, layer_row):
+def paged_keys(x, scale, chunk, dtype, live, stride, table, layer_row):
     """x `[P, page, K, H]` read through table `[B, max_pages]`; chunk is a multiple of page."""
     page = x.shape[1]
 
@@ -90,7 +114,7 @@ def paged_keys(x, scale, chunk, dtype, live, table, layer_row):
         pages = jnp.clip(pages + layer_row, 0, x.shape[0] - 1)
 
         def gather(x):
-            return jnp.take(x, pages, axis=0)  # [B, pages, ...]
+            return by_layer(x, stride)[at_layer(pages, stride)]  # [B, pages, ...]
 
         values = gather(x).reshape(*table.shape[:1], chunk, *x.shape[2:])
         part = None

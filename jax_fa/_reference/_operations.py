@@ -10,7 +10,7 @@ from jax import lax
 from .. import _layout
 from ._backward import attend_bwd
 from ._core import BLOCK, Queries, Score, acc_dtype, attend, cdiv, pad_queries
-from ._keys import absent, cached_keys, dense_keys, paged_keys, row_of_token
+from ._keys import absent, cached_keys, dense_keys, in_some_row, paged_keys, row_of_token
 
 CHUNK = 512
 
@@ -133,7 +133,7 @@ def _packed(q, k, v, k_scale, v_scale, slopes, sinks, seeds, starts, static):
     lo, hi = (jnp.where(valid, x + first, 0) for x in (lo, hi))
     per_token = (None if absent(x) is None else x[row][None] for x in (slopes, sinks, seeds))
     rows = Queries(*(x[None] for x in (lo, hi, center + first, valid, index, first)), *per_token)
-    _, key_inside = row_of_token(k_start, k_length, total_k)
+    key_inside = in_some_row(k_start, k_length, total_k)
 
     def live(start):
         return lax.dynamic_slice_in_dim(key_inside, start, chunk)[None]
@@ -196,6 +196,7 @@ def _cache(k, v, k_scale, v_scale, lengths, rows, page_table, layer, chunk_rows,
     """Loaders over a contiguous or paged cache for `[B]` rows, and their chunk."""
     batch = lengths.shape[0]
     layer_row = _layer_row(layer, batch, static["layer_stride"])
+    stride = None if absent(layer) is None else static["layer_stride"]
     elements = chunk_rows * k.shape[2] * k.shape[3]
     if absent(page_table) is None:
         chunk = _chunk(k.shape[1], elements)
@@ -213,7 +214,7 @@ def _cache(k, v, k_scale, v_scale, lengths, rows, page_table, layer, chunk_rows,
         return (start + jnp.arange(chunk, dtype=jnp.int32))[None] < lengths[:, None]
 
     return chunk, *(
-        make(x, absent(scale), chunk, acc, live, *where)
+        make(x, absent(scale), chunk, acc, live, stride, *where)
         for x, scale in ((k, k_scale), (v, v_scale))
     )
 
@@ -234,8 +235,8 @@ def decode(q, k, v, k_scale, v_scale, slopes, sinks, kv_lengths, rows, page_tabl
 
 
 def hybrid(
-    q, k, v, k_scale, v_scale, slopes, sinks, q_start, q_length, kv_lengths, rows, page_table, layer,
-    **static,
+    q, k, v, k_scale, v_scale, slopes, sinks, q_start, q_length, kv_lengths, rows, page_table,
+    layer, **static,
 ):  # fmt: skip
     """Every packed token is a row of its own with one query: blocks of them go through the core."""
     if 0 in (*q.shape, *q_start.shape):

@@ -1,0 +1,108 @@
+"""What kernels compute on the device and planners on the host, checked on the host."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_fa
+from jax_fa import _jax_fa
+
+
+def _visible(len_q, len_kv, left, right, top_left=False):
+    """Which keys each query sees, by the definition."""
+    diagonal = 0 if top_left else len_kv - len_q
+    offset = np.arange(len_kv)[None] - (np.arange(len_q)[:, None] + diagonal)
+    seen = np.ones((len_q, len_kv), bool)
+    if left >= 0:
+        seen &= offset >= -left
+    if right >= 0:
+        seen &= offset <= right
+    return seen
+
+
+def _random_mask(rng):
+    len_q, len_kv = (int(x) for x in rng.integers(1, 70, 2))
+    left, right = (int(x) for x in rng.choice([-1, 0, 1, 5, 30, 2**31 - 1], 2))
+    return len_q, len_kv, left, right
+
+
+def test_visible_keys_are_the_interval_of_the_definition():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        len_q, len_kv, left, right = _random_mask(rng)
+        top_left = bool(rng.integers(2))
+        seen = _visible(len_q, len_kv, left, right, top_left)
+        for query in range(len_q):
+            lo, hi = _jax_fa.visible_keys(query, len_q, len_kv, left, right, top_left)
+            keys = np.arange(len_kv)
+            np.testing.assert_array_equal(seen[query], (keys >= lo) & (keys < hi))
+
+
+def test_tiles_are_skipped_only_where_unseen_and_unmasked_only_where_all_seen():
+    rng = np.random.default_rng(1)
+    kinds = set()
+    for _ in range(3000):
+        len_q, len_kv, left, right = _random_mask(rng)
+        query0, key0 = int(rng.integers(len_q)), int(rng.integers(len_kv))
+        query1 = int(rng.integers(query0 + 1, len_q + 1))
+        key1 = key0 + int(rng.integers(1, 33))  # may reach past the last key
+        kind = _jax_fa.classify_tile(query0, query1, key0, key1, len_q, len_kv, left, right)
+        tile = _visible(len_q, len_kv, left, right)[query0:query1, key0:key1]
+        whole = key1 <= len_kv and tile.all()
+        assert not (kind == "skip" and tile.any())
+        assert (kind == "full") == whole
+        kinds.add(kind)
+    assert kinds == {"skip", "partial", "full"}
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_decode_splits_bound_scratch_and_leave_work_for_each(head_dim):
+    rng = np.random.default_rng(2)
+    for _ in range(2000):
+        batch, len_q = int(rng.integers(1, 300)), int(rng.integers(1, 17))
+        heads_kv, group = int(rng.choice([1, 2, 8, 32])), int(rng.choice([1, 4, 8]))
+        length = int(rng.integers(1, 1 << 17))
+        splits = _jax_fa.decode_splits(batch, len_q, heads_kv * group, heads_kv, head_dim, length)
+        assert 1 <= splits <= 256
+        if splits > 1:
+            rows = splits * batch * len_q * heads_kv * group
+            assert rows * (head_dim + 1) * 4 <= 64 << 20
+            assert length // splits >= 32
+
+
+def test_explain_names_kernels_and_counts_work():
+    q = jax.ShapeDtypeStruct((2, 1024, 8, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 1024, 2, 64), jnp.bfloat16)
+
+    def layers(q, k):
+        def layer(q, _):
+            return jax_fa.flash_attention(q, k, k, causal=True), None
+
+        return jax.lax.scan(layer, q, None, length=3)[0]
+
+    (call,) = jax_fa.explain(jax.jit(layers), q, k, device="h200")
+    assert (call.primitive, call.count, call.kernel) == ("jax_fa_fwd", 3, "sm80/fwd")
+    pairs = 1024 * 1025 / 2
+    assert call.flops == 4 * 64 * 8 * 2 * pairs
+    assert call.bytes == 2 * (2 * q.size + 2 * k.size) + 4 * 2 * 8 * 1024
+    assert call.roofline_us == pytest.approx(max(call.flops / 780e6, call.bytes / 4560e3))
+
+
+def test_explain_of_a_gradient_names_xla():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float32)
+    grad = jax.grad(lambda q: jax_fa.flash_attention(q, q, q).sum())
+    calls = jax_fa.explain(grad, q, device="a100")
+    assert [call.kernel for call in calls] == ["sm80/fwd", "reference"]
+    assert "XLA" in calls[1].reason
+
+
+def test_explain_says_why_there_is_no_kernel():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 60), jnp.float16)
+    (call,) = jax_fa.explain(lambda q: jax_fa.flash_attention(q, q, q), q, device="h200")
+    assert call.kernel == "none" and "head dim 60" in call.reason
+
+
+def test_explain_of_an_unknown_device_lists_those_known():
+    with pytest.raises(ValueError, match="h200.*got 'b200'"):
+        jax_fa.explain(lambda: None, device="b200")

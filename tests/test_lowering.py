@@ -1,0 +1,292 @@
+"""What JAX hands to XLA for CUDA; needs no GPU."""
+
+import re
+
+import cases
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_fa
+from jax_fa import _jax_fa, _primitives, _reference
+
+
+def avals(*shapes, dtype=jnp.bfloat16):
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+
+
+def lower(fn, *args):
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def calls(text):
+    """Names of this library's custom calls, in order."""
+    return re.findall(r"custom_call @(jax_fa_\w+)\(", text)
+
+
+def operations(text):
+    """Names of StableHLO operations but those that move and compute nothing."""
+    free = {"constant", "custom_call", "reshape", "return"}
+    lines = [line for line in text.splitlines() if "-> tensor<0x" not in line]
+    return sorted(set(re.findall(r"stablehlo\.(\w+)", "\n".join(lines))) - free)
+
+
+Q, KV = (2, 128, 8, 64), (2, 128, 2, 64)
+
+
+def test_each_handler_is_a_primitive_of_its_name():
+    if not _jax_fa.handlers():
+        pytest.skip("the extension is a stub")
+    assert set(_jax_fa.handlers()) == set(_primitives.OPERATIONS) - _primitives.REFERENCE_ONLY
+
+
+def test_each_primitive_has_a_reference_and_its_own_name():
+    assert _primitives.REFERENCE_ONLY <= set(_primitives.OPERATIONS)
+    for name, p in _primitives.PRIMITIVES.items():
+        assert p.name == name
+        assert callable(getattr(_reference, name.removeprefix("jax_fa_")))
+
+
+def flash(q, k, v):
+    return jax_fa.flash_attention(q, k, v, causal=True)
+
+
+def test_dense_is_one_call_and_nothing_else():
+    text = lower(flash, *avals(Q, KV, KV))
+    assert calls(text) == ["jax_fa_fwd"]
+    assert operations(text) == []
+
+
+def test_packed_buffers_are_bound_as_they_are():
+    text = lower(lambda x: jax_fa.flash_attention_qkvpacked(x), *avals((2, 128, 3, 8, 64)))
+    assert calls(text) == ["jax_fa_fwd"] and operations(text) == []
+    assert "custom_call @jax_fa_fwd(%arg0, %arg0, %arg0," in text
+    text = lower(lambda q, x: jax_fa.flash_attention_kvpacked(q, x), *avals(Q, (2, 128, 2, 2, 64)))
+    assert calls(text) == ["jax_fa_fwd"] and operations(text) == []
+    assert "custom_call @jax_fa_fwd(%arg0, %arg1, %arg1," in text
+
+
+def test_quantized_keys_are_bound_as_they_are():
+    def fn(q, values, scale):
+        x = jax_fa.QuantizedArray(values, scale)
+        return jax_fa.flash_attention(q, x, x)
+
+    values = jax.ShapeDtypeStruct(KV, jnp.int8)
+    scale = jax.ShapeDtypeStruct((2, 2, 128, 1), jnp.float32)
+    text = lower(fn, *avals(Q), values, scale)
+    assert calls(text) == ["jax_fa_fwd"] and operations(text) == []
+
+
+def test_every_forward_is_one_call():
+    packed, cache = (100, 8, 64), (4, 256, 2, 64)
+    lengths, cu = jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((5,), jnp.int32)
+
+    def varlen(q, k, cu):
+        return jax_fa.flash_attention_varlen(q, k, k, cu, cu, max_seqlen_q=50, max_seqlen_k=50)
+
+    def decode(q, k, lengths):
+        return jax_fa.decode_attention(q, k, k, lengths)
+
+    def hybrid(q, k, cu, lengths):
+        return jax_fa.hybrid_attention(q, k, k, cu, lengths)
+
+    assert calls(lower(varlen, *avals(packed, (100, 2, 64)), cu)) == ["jax_fa_varlen_fwd"]
+    text = lower(decode, *avals((4, 1, 8, 64), cache), lengths)
+    assert calls(text) == ["jax_fa_decode"] and operations(text) == []
+    assert calls(lower(hybrid, *avals(packed, cache), cu, lengths)) == ["jax_fa_hybrid"]
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0, 0), (0, None, None), (None, 0, None)], ids=str)
+def test_vmap_is_one_call_and_copies_no_keys(in_axes):
+    args = [
+        jax.ShapeDtypeStruct(s if a is None else (3, *s), jnp.bfloat16)
+        for s, a in zip((Q, KV, KV), in_axes)
+    ]
+    text = lower(jax.vmap(flash, in_axes), *args)
+    assert calls(text) == ["jax_fa_fwd"]
+    call = next(line for line in text.splitlines() if "@jax_fa_fwd" in line)
+    types = re.findall(r"tensor<(\d+)x128x[28]x64xbf16>", call)[:3]
+    assert types == ["6", *("2" if a is None else "6" for a in in_axes[1:])]
+
+
+def cache_step(layers):
+    def step(cache, k, layer):
+        return cache.append(k, k, layer=None if layers is None else layer)
+
+    return step
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("paged", [False, True])
+def test_append_declares_its_aliases(paged, dtype, layers):
+    if paged:
+        cache = jax_fa.PagedKVCache.create(8, 16, 2, 4, 2, 64, layers=layers, dtype=dtype)
+    else:
+        cache = jax_fa.KVCache.create(2, 64, 2, 64, layers=layers, dtype=dtype)
+    text = lower(cache_step(layers), cache, *avals((2, 1, 2, 64)), jnp.int32(0))
+    assert calls(text) == ["jax_fa_append"]
+    call = next(line for line in text.splitlines() if "@jax_fa_append" in line)
+    aliases = re.findall(
+        r"output_operand_alias<output_tuple_indices = \[(\d)\], operand_index = (\d)", call
+    )
+    assert aliases == [("0", "0"), ("1", "1"), ("2", "2"), ("3", "3")]
+    for name in ("transpose", "slice", "concatenate", "gather", "scatter", "copy"):
+        assert f"stablehlo.{name}" not in text
+
+
+def test_gradients_run_through_xla():
+    def grads(q, k, v):
+        return jax.grad(lambda *x: flash(*x).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    text = lower(grads, *avals(Q, KV, KV))
+    assert calls(text) == ["jax_fa_fwd"] and "stablehlo.while" in text
+    text = lower(
+        jax.grad(
+            lambda q, k: (
+                jax_fa.flash_attention(q, k, k, implementation="cuda").astype(jnp.float32).sum()
+            )
+        ),
+        *avals(Q, KV),
+    )
+    assert calls(text) == ["jax_fa_fwd"]
+
+
+def test_reference_on_request():
+    text = lower(
+        lambda q, k: jax_fa.flash_attention(q, k, k, implementation="reference"), *avals(Q, KV)
+    )
+    assert calls(text) == [] and "stablehlo.while" in text
+
+
+def test_cuda_on_request_needs_cuda():
+    q = jnp.ones((1, 5, 2, 8))
+    if jax.default_backend() == "cpu":
+        with pytest.raises(
+            NotImplementedError, match="implementation='cuda' of jax_fa_fwd needs a CUDA device"
+        ):
+            jax_fa.flash_attention(q, q, q, implementation="cuda")
+
+
+def dense(shape=Q, kv=KV, dim_v=None, dtype=jnp.bfloat16, **options):
+    v = kv if dim_v is None else (*kv[:-1], dim_v)
+    return lambda: lower(
+        lambda q, k, v: jax_fa.flash_attention(q, k, v, **options),
+        *avals(shape, kv, v, dtype=dtype),
+    )
+
+
+def wide(dim):
+    return (2, 128, 8, dim), (2, 128, 2, dim)
+
+
+MOST = max(_jax_fa.head_dims)
+UNCOVERED = {
+    "float64": (dense(dtype=jnp.float64), "q is float64; kernels take float16, bfloat16, float32"),
+    "Hv": (dense(dim_v=32), "head dim 32 of v; kernels take that of k, 64"),
+    "H=260": (dense(*wide(260)), f"head dim 260; kernels take multiples of 8 up to {MOST}"),
+    "H=264": (dense(*wide(264)), f"head dim 264; kernels take multiples of 8 up to {MOST}"),
+    "H=36": (dense(*wide(36)), f"head dim 36; kernels take multiples of 8 up to {MOST}"),
+    "dropout": (
+        dense(dropout_rate=0.5, dropout_rng=jax.random.key(0)),
+        "dropout_rate=0.5; kernels have no dropout",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_what_no_kernel_covers_says_why(name):
+    call, reason = UNCOVERED[name]
+    with jax.enable_x64(name == "float64"):
+        with pytest.raises(NotImplementedError, match=f"jax_fa_fwd has no CUDA kernel .*{reason}"):
+            call()
+
+
+def quantized(values, scale, fn):
+    """fn of keys of that shape in int8 with scales of that shape, lowered."""
+    values = jax.ShapeDtypeStruct(values, jnp.int8)
+    scale = jax.ShapeDtypeStruct(scale, jnp.float32)
+    return lower(lambda values, scale: fn(jax_fa.QuantizedArray(values, scale)), values, scale)
+
+
+def test_scales_that_no_kernel_reads_say_why():
+    q = jnp.ones(Q, jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="groups of 4 elements in k; .* multiples of 8"):
+        quantized(KV, (2, 2, 128, 16), lambda k: jax_fa.flash_attention(q, k, k))
+    with pytest.raises(NotImplementedError, match="scales of k with batch 2 for values with batch"):
+        values = jax.ShapeDtypeStruct((3, *KV), jnp.int8)
+        scale = jax.ShapeDtypeStruct((2, 2, 128, 1), jnp.float32)
+        axes = (jax_fa.QuantizedArray(0, None),)
+        fn = jax.vmap(lambda k: jax_fa.flash_attention(q, k, k), axes)
+        lower(fn, jax_fa.QuantizedArray(values, scale))
+
+
+def test_more_rows_than_a_grid_has_say_why():
+    q, k = avals((65536, 1, 8, 64), (1, 64, 2, 64))
+    lengths = jax.ShapeDtypeStruct((65536,), jnp.int32)
+    with pytest.raises(NotImplementedError, match="batch 65536; kernels take up to 65535"):
+        lower(lambda q, k, n: jax_fa.decode_attention(q, k, k, n), q, k, lengths)
+
+
+def test_append_of_odd_heads_says_why():
+    cache = jax_fa.KVCache.create(2, 8, 2, 6, dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="head dim 6 of k; kernels take multiples of 4"):
+        lower(cache_step(None), cache, *avals((2, 1, 2, 6)), jnp.int32(0))
+
+
+def test_split_size_is_covered():
+    cu, lengths = jnp.array([0, 2, 5], jnp.int32), jnp.array([2, 3], jnp.int32)
+
+    def fn(q, k):
+        return jax_fa.hybrid_attention(q, k, k, cu, lengths, split_size=64)
+
+    assert calls(lower(fn, *avals((5, 8, 64), (2, 128, 2, 64)))) == ["jax_fa_hybrid"]
+
+
+EMPTY = [
+    ((0, 5, 4, 64), (0, 7, 2, 64)),
+    ((2, 0, 4, 64), (2, 7, 2, 64)),
+    ((2, 5, 4, 64), (2, 0, 2, 64)),
+]
+
+
+@pytest.mark.parametrize("q, k", EMPTY, ids=str)
+def test_empty_arrays_launch_nothing(q, k):
+    assert calls(lower(flash, *avals(q, k, k))) == []
+
+
+def test_the_same_call_lowers_for_both_platforms():
+    lowered = jax.jit(flash).trace(*avals(Q, KV, KV)).lower(lowering_platforms=("cpu", "cuda"))
+    assert calls(lowered.as_text()) == ["jax_fa_fwd"]
+
+
+def test_every_option_lowers(rng):
+    shape = cases.Shape(2, 128, 128, 8, 2, 64)
+    q, k, v = cases.qkv(rng, shape, jnp.bfloat16)
+    names = [name for name in cases.FEATURES if name != "dropout"]
+    options = cases.options_of(names, rng, shape)
+    text = lower(
+        lambda q, k, v: jax_fa.flash_attention(q, k, v, return_lse=True, **options), q, k, v
+    )
+    assert calls(text) == ["jax_fa_fwd"]
+
+
+def test_explain_counts_calls_without_running_them():
+    def model(q, k):
+        def layer(x, _):
+            return jax_fa.flash_attention(x, k, k, causal=True), None
+
+        return jax.lax.scan(layer, q, length=4)[0]
+
+    (call,) = jax_fa.explain(model, *avals((1, 256, 8, 64), (1, 256, 8, 64)))
+    assert call.primitive == "jax_fa_fwd" and call.count == 4
+    assert call.flops == 4 * 64 * 8 * 256 * 257 / 2
+    if jax.default_backend() == "cpu":
+        assert call.kernel == "reference" and call.reason
+    grad = jax_fa.explain(
+        jax.grad(lambda q, k: flash(q, k, k).astype(jnp.float32).sum()),
+        *avals((1, 64, 8, 64), (1, 64, 8, 64)),
+    )
+    assert [c.primitive for c in grad] == ["jax_fa_fwd", "jax_fa_fwd_bwd"]
+    with pytest.raises(ValueError, match="device must be one of h200, .* got 'tpu'"):
+        jax_fa.explain(model, *avals((1, 256, 8, 64), (1, 256, 8, 64)), device="tpu")
