@@ -133,7 +133,7 @@ def group_amax(x, groups):
 
 def scale_of(amax, dtype):
     """The scale of numbers up to amax; 1 for those too small to have one: they round to 0."""
-    scale = amax / _LARGEST[dtype.name]
+    scale = amax * (1 / _LARGEST[dtype.name])  # XLA turns a division by a constant into this
     return jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale)
 
 

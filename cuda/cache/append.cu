@@ -11,6 +11,7 @@
 #include <cfloat>
 
 #include "params.h"
+#include "ptx.cuh"
 
 namespace jax_fa::append {
 namespace {
@@ -127,8 +128,12 @@ __device__ __nv_fp8_e5m2 cast<__nv_fp8_e5m2>(float x) {
   return y;
 }
 
-__device__ float largest(DType dtype) {
-  return dtype == DType::kInt8 ? 127.f : dtype == DType::kE4M3 ? 448.f : 57344.f;
+// Scale of a number that becomes the format's largest. `jax_fa.quantize` multiplies by the same
+// float32 constants, because XLA turns a division by a constant into a product.
+__device__ float inverse_largest(DType dtype) {
+  return dtype == DType::kInt8   ? float(1.0 / 127)
+         : dtype == DType::kE4M3 ? float(1.0 / 448)
+                                 : float(1.0 / 57344);
 }
 
 // One head's row of a new token, in float32 and rounded to T, in the warp's shared memory.
@@ -178,7 +183,7 @@ __device__ void write(const float* sGroup, To* dst, int size, float scale) {
   for (int d = threadIdx.x % 32 * kSize; d < size; d += 32 * kSize) {
     Vector<To, kSize> v;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) v.x[i] = cast<To>(__fdiv_rn(sGroup[d + i], scale));
+    for (int i = 0; i < kSize; ++i) v.x[i] = cast<To>(ptx::div_full(sGroup[d + i], scale));
     *reinterpret_cast<Vector<To, kSize>*>(dst + d) = v;
   }
 }
@@ -250,7 +255,7 @@ __global__ void __launch_bounds__(kWarps * 32)
           scale = *gScale;
         } else {
           const uint32_t amax = x.token_scale(p) ? amax_token : amax_bits(sGroup, size);
-          scale = __fdiv_rn(__uint_as_float(amax), largest(x.dtype));
+          scale = __uint_as_float(amax) * inverse_largest(x.dtype);
           if (scale < FLT_MIN) scale = 1.f;  // the values round to 0
           if (threadIdx.x % 32 == 0) *gScale = scale;
         }
