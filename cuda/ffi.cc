@@ -339,17 +339,15 @@ ffi::Error append(cudaStream_t stream, In, In, In, In, In k_new, In v_new, In ne
 // Every handler launches the same kernels whenever its operands have the same shapes.
 constexpr auto kTraits = {ffi::Traits::kCmdBufferCompatible};
 
-auto attention_binding() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
+auto on_stream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
+
+// q, k, v, k_scale, v_scale, slopes, sinks
+auto attention_operands() {
+  return on_stream().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>();
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd, fwd,
-                              attention_binding()
-                                  .Arg<In>()  // q
-                                  .Arg<In>()  // k
-                                  .Arg<In>()  // v
-                                  .Arg<In>()  // k_scale
-                                  .Arg<In>()  // v_scale
-                                  .Arg<In>()  // slopes
-                                  .Arg<In>()  // sinks
+                              attention_operands()
                                   .Arg<In>()  // bias
                                   .Arg<In>()  // q_lengths
                                   .Arg<In>()  // kv_lengths
@@ -360,14 +358,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd, fwd,
                               kTraits);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_varlen_fwd, varlen_fwd,
-                              attention_binding()
-                                  .Arg<In>()  // q
-                                  .Arg<In>()  // k
-                                  .Arg<In>()  // v
-                                  .Arg<In>()  // k_scale
-                                  .Arg<In>()  // v_scale
-                                  .Arg<In>()  // slopes
-                                  .Arg<In>()  // sinks
+                              attention_operands()
                                   .Arg<In>()  // seeds
                                   .Arg<In>()  // q_start
                                   .Arg<In>()  // q_length
@@ -379,14 +370,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_varlen_fwd, varlen_fwd,
                               kTraits);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_decode, decode,
-                              attention_binding()
-                                  .Arg<In>()  // q
-                                  .Arg<In>()  // k
-                                  .Arg<In>()  // v
-                                  .Arg<In>()  // k_scale
-                                  .Arg<In>()  // v_scale
-                                  .Arg<In>()  // slopes
-                                  .Arg<In>()  // sinks
+                              attention_operands()
                                   .Arg<In>()  // kv_lengths
                                   .Arg<In>()  // rows
                                   .Arg<In>()  // page_table
@@ -399,14 +383,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_decode, decode,
                               kTraits);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_hybrid, hybrid,
-                              attention_binding()
-                                  .Arg<In>()  // q
-                                  .Arg<In>()  // k
-                                  .Arg<In>()  // v
-                                  .Arg<In>()  // k_scale
-                                  .Arg<In>()  // v_scale
-                                  .Arg<In>()  // slopes
-                                  .Arg<In>()  // sinks
+                              attention_operands()
                                   .Arg<In>()  // q_start
                                   .Arg<In>()  // q_length
                                   .Arg<In>()  // kv_lengths
@@ -419,7 +396,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_hybrid, hybrid,
                               kTraits);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_append, append,
-                              attention_binding()
+                              on_stream()
                                   .Arg<In>()  // k, aliased by the result
                                   .Arg<In>()  // v
                                   .Arg<In>()  // k_scale

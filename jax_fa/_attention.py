@@ -159,8 +159,9 @@ def _dense(
     }
 
     def call(operands):
-        return _dense_vjp(layout, static, *operands)
+        return _attend(form, static, *operands)
 
+    form = Form("jax_fa_fwd", "jax_fa_fwd_bwd", layout, (("layout", layout),))
     axes = "BT3NH" if layout == _layout.QKV_PACKED else "BTNH"
     operands = (buffers, extras)
     o, lse = _sharding.run(call, operands, buffers[0], axes, ("BTNH", "BNT"))
@@ -194,48 +195,56 @@ def key_operands(k, v):
     return operands
 
 
-def _without_derivative(x):
-    return isinstance(x, QuantizedArray)
+class Form(NamedTuple):
+    """Which primitives a call binds, and with what besides `Static`; hashable as that is."""
+
+    forward: str
+    backward: str
+    layout: str
+    params: tuple[tuple[str, object], ...]
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dense_vjp(layout, static, buffers, extras):
-    q, k, v = _operands(layout, buffers)
+def _attend(form, static, buffers, extras):
+    """o and lse; the layout's buffers and everything else by operand name."""
+    q, k, v = _operands(form.layout, buffers)
     operands = {"q": q, **key_operands(k, v), **extras}
-    o, lse = _primitives.bind("jax_fa_fwd", operands, layout=layout, **static.forward())
-    if layout == _layout.QKV_PACKED:
+    o, lse = _primitives.bind(form.forward, operands, **dict(form.params), **static.forward())
+    if form.layout == _layout.QKV_PACKED:
         return o[:, :, 0], lse[..., 0, 0]
     return o, lse[..., 0]
 
 
-def _dense_fwd(layout, static, buffers, extras):
-    o, lse = _dense_vjp(layout, static, buffers, extras)
+def _attend_fwd(form, static, buffers, extras):
+    o, lse = _attend(form, static, buffers, extras)
     o, lse = checkpoint_name(o, "jax_fa_out"), checkpoint_name(lse, "jax_fa_lse")
     return (o, lse), (buffers, extras, o, lse)
 
 
-def _dense_bwd(layout, static, residuals, cotangents):
+def _attend_bwd(form, static, residuals, cotangents):
     buffers, extras, o, lse = residuals
     do, dlse = cotangents
-    q, k, v = _operands(layout, buffers)
+    q, k, v = _operands(form.layout, buffers)
     operands = {
         "q": q, **key_operands(k, v), **extras,
         "o": o, "lse": lse[..., None], "do": do, "dlse": dlse[..., None],
     }  # fmt: skip
-    *grads, dsinks, dbias = _primitives.bind(
-        "jax_fa_fwd_bwd", operands, layout=layout, **static._asdict()
+    results = _primitives.bind(form.backward, operands, **dict(form.params), **static._asdict())
+    # the buffers', then those of sinks and bias
+    grads, (dsinks, *dbias) = results[: len(buffers)], results[len(buffers) :]
+    grads = tuple(
+        None if isinstance(x, QuantizedArray) else dx for x, dx in zip(buffers, grads, strict=True)
     )
-    grads = tuple(None if _without_derivative(x) else dx for x, dx in zip(buffers, grads))
     dextras = dict.fromkeys(extras)
     if extras["sinks"] is not None:
         dextras["sinks"] = dsinks
-    bias = extras["bias"]
-    if bias is not None:
-        dextras["bias"] = dbias.sum(0, keepdims=True) if bias.shape[0] == 1 else dbias
+    if extras.get("bias") is not None:
+        shared = extras["bias"].shape[0] == 1
+        dextras["bias"] = dbias[0].sum(0, keepdims=True) if shared else dbias[0]
     return grads, dextras
 
 
-_dense_vjp.defvjp(_dense_fwd, _dense_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def flash_attention_varlen(
@@ -288,10 +297,11 @@ def flash_attention_varlen(
         _checks.implementation(implementation),
         bool(deterministic),
     )
-    bounds = (
-        _checks.bound("max_seqlen_q", max_seqlen_q),
-        _checks.bound("max_seqlen_k", max_seqlen_k),
+    params = (
+        ("max_len_q", _checks.bound("max_seqlen_q", max_seqlen_q)),
+        ("max_len_kv", _checks.bound("max_seqlen_k", max_seqlen_k)),
     )
+    form = Form("jax_fa_varlen_fwd", "jax_fa_varlen_bwd", _layout.SEPARATE, params)
     extras = {
         "slopes": _checks.per_head("alibi_slopes", alibi_slopes, batch, heads),
         "sinks": _checks.per_head("sinks", sinks, batch, heads),
@@ -303,51 +313,7 @@ def flash_attention_varlen(
     }
 
     def call(operands):
-        return _varlen_vjp(bounds, static, *operands)
+        return _attend(form, static, *operands)
 
     o, lse = _sharding.run(call, ((q, k, v), extras), q, "TNH", ("TNH", "NT"))
     return (o, lse) if return_lse else o
-
-
-@ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _varlen_vjp(bounds, static, buffers, extras):
-    q, k, v = buffers
-    operands = {"q": q, **key_operands(k, v), **extras}
-    max_len_q, max_len_kv = bounds
-    o, lse = _primitives.bind(
-        "jax_fa_varlen_fwd",
-        operands,
-        max_len_q=max_len_q,
-        max_len_kv=max_len_kv,
-        **static.forward(),
-    )
-    return o, lse[..., 0]
-
-
-def _varlen_fwd(bounds, static, buffers, extras):
-    o, lse = _varlen_vjp(bounds, static, buffers, extras)
-    o, lse = checkpoint_name(o, "jax_fa_out"), checkpoint_name(lse, "jax_fa_lse")
-    return (o, lse), (buffers, extras, o, lse)
-
-
-def _varlen_bwd(bounds, static, residuals, cotangents):
-    buffers, extras, o, lse = residuals
-    do, dlse = cotangents
-    q, k, v = buffers
-    operands = {
-        "q": q, **key_operands(k, v), **extras,
-        "o": o, "lse": lse[..., None], "do": do, "dlse": dlse[..., None],
-    }  # fmt: skip
-    max_len_q, max_len_kv = bounds
-    *grads, dsinks = _primitives.bind(
-        "jax_fa_varlen_bwd",
-        operands,
-        max_len_q=max_len_q,
-        max_len_kv=max_len_kv,
-        **static._asdict(),
-    )
-    grads = tuple(None if _without_derivative(x) else dx for x, dx in zip(buffers, grads))
-    return grads, dict.fromkeys(extras) | ({} if extras["sinks"] is None else {"sinks": dsinks})
-
-
-_varlen_vjp.defvjp(_varlen_fwd, _varlen_bwd)
