@@ -27,7 +27,7 @@ def pytest_addoption(parser):
     group.addoption("--rounds", type=int, default=5, help="Bursts of each implementation.")
     group.addoption(
         "--seconds", type=float, default=float("inf"),
-        help="Skip the cases that have not begun by then, so that a session ends with its results.",
+        help="Skip the cases that have not begun by then, so that a run ends with its results.",
     )  # fmt: skip
 
 
