@@ -123,6 +123,7 @@ KvTensor dense_keys(const In& x, const In& scale, int part, int parts) {
   out.row_stride = dims[1] * out.token_stride;
   out.head_stride = dim;
   out.rows = int(dims[0]);
+  out.tokens = int(dims[1]);
   out.dtype = dtype_of(x);
   if (!absent(scale)) {
     const auto s = scale.dimensions();  // [rows | 1, heads | 1, tokens | 1, groups]
@@ -143,6 +144,7 @@ KvTensor packed_keys(const In& x, const In& scale) {
   out.token_stride = dims[1] * dims[2];
   out.head_stride = dims[2];
   out.rows = 1;
+  out.tokens = int(dims[0]);
   out.dtype = dtype_of(x);
   if (!absent(scale)) {
     const auto s = scale.dimensions();
@@ -218,7 +220,8 @@ ffi::Error to_error(cudaError_t status) {
 }
 
 ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes, In sinks,
-               In bias, In q_lengths, In kv_lengths, In /*seeds*/, Out o, Out lse, FwdAttrs attrs) {
+               In bias, In q_lengths, In kv_lengths, In /*seeds*/, Out o, Out lse, Out next_tile,
+               FwdAttrs attrs) {
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/false, attrs);
   const int parts = attrs.layout == kQkvPacked ? 3 : attrs.layout == kKvPacked ? 2 : 1;
   p.batch = int(q.dimensions()[0]);
@@ -231,13 +234,14 @@ ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In
   p.kv.layers = 1;
   p.kv.len_kv = int(k.dimensions()[1]);
   p.top_left = attrs.top_left;
+  p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
   set_bias(p, bias);
   return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
 }
 
 ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
                       In sinks, In /*seeds*/, In q_start, In q_length, In k_start, In k_length,
-                      Out o, Out lse, VarlenAttrs attrs) {
+                      Out o, Out lse, Out next_tile, VarlenAttrs attrs) {
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/true, attrs);
   p.batch = int(q_start.dimensions()[0]);
   p.max_len_q = attrs.max_len_q;
@@ -251,6 +255,7 @@ ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_sc
   p.kv.layers = 1;
   p.kv.len_kv = attrs.max_len_kv;
   p.top_left = attrs.top_left;
+  p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
   return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
 }
 
@@ -282,11 +287,12 @@ ffi::Error decode(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale,
 
 ffi::Error hybrid(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
                   In sinks, In q_start, In q_length, In kv_lengths, In rows, In page_table,
-                  In layer, Out o, Out lse, HybridAttrs attrs) {
+                  In layer, Out o, Out lse, Out next_tile, HybridAttrs attrs) {
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/true, attrs);
   set_cache(p, k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, attrs);
   p.q_start = optional<int>(q_start);
   p.q_length = optional<int>(q_length);
+  p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
   return to_error(run_attention(Operation::kHybrid, p, kNoSplits, stream));
 }
 
@@ -354,6 +360,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd, fwd,
                                   .Arg<In>()  // seeds
                                   .Ret<In>()  // o
                                   .Ret<In>()  // lse
+                                  .Ret<In>()  // next_tile
                                   .Attrs<FwdAttrs>(),
                               kTraits);
 
@@ -366,6 +373,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_varlen_fwd, varlen_fwd,
                                   .Arg<In>()  // k_length
                                   .Ret<In>()  // o
                                   .Ret<In>()  // lse
+                                  .Ret<In>()  // next_tile
                                   .Attrs<VarlenAttrs>(),
                               kTraits);
 
@@ -392,6 +400,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_hybrid, hybrid,
                                   .Arg<In>()  // layer
                                   .Ret<In>()  // o
                                   .Ret<In>()  // lse
+                                  .Ret<In>()  // next_tile
                                   .Attrs<HybridAttrs>(),
                               kTraits);
 
@@ -438,6 +447,7 @@ NB_MODULE(_jax_fa, m) {
   });
   m.def("decode_splits", &splits_of_decode, nb::arg("batch"), nb::arg("len_q"), nb::arg("heads_q"),
         nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("max_len_kv"));
+  m.def("runs_hopper", &runs_hopper, nb::arg("capability"));
   // What kernels compute on the device, for tests on the host.
   m.def(
       "visible_keys",
@@ -460,9 +470,11 @@ NB_MODULE(_jax_fa, m) {
   m.def(
       "plan",
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
-         int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes, bool general) {
-        const Plan plan = plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv,
-                                  head_dim, element_bytes, kv_bytes, general);
+         int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes, bool general,
+         bool bias, bool masked, int page_size, int capability, int sms) {
+        const Plan plan =
+            plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv, head_dim,
+                    element_bytes, kv_bytes, {general, bias, masked, page_size, capability, sms});
         nb::dict out;
         out["kernel"] = plan.kernel;
         out["tile"] = nb::make_tuple(plan.tile_q, plan.tile_kv, plan.tile_dim);
@@ -473,5 +485,6 @@ NB_MODULE(_jax_fa, m) {
       },
       nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
       nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
-      nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"));
+      nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"), nb::arg("bias"),
+      nb::arg("masked"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"));
 }

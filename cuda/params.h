@@ -19,6 +19,7 @@ struct KvTensor {
   int64_t scale_row_stride, scale_head_stride, scale_token_stride;
   int groups;  // scales along dim: group g holds for elements [g, g + 1) * dim / groups
   int rows;    // contiguous: batch row b without a row map reads row b % rows
+  int tokens;  // of a row
   DType dtype;
 };
 
@@ -61,6 +62,7 @@ struct AttentionParams {
   int64_t bias_row_stride, bias_head_stride, bias_query_stride, bias_key_stride;
   int bias_rows;  // row b reads b % bias_rows
   DType bias_dtype;
+  int* next_tile;                 // scratch of one int, for prefill; needs no initial value
   float scale, softcap;           // softcap == 0: none
   int window_left, window_right;  // -1: unbounded; causal is (.., 0)
   bool top_left;                  // query i's diagonal is key i; else i + len_kv - len_q of its row
@@ -102,6 +104,10 @@ struct AppendParams {
 // head dim >= head_dim; dims between are zero-filled on the way into shared memory.
 template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
+
+// cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h).
+template <int kHeadDim, DType kDType>
+cudaError_t launch_fwd_sm90(const AttentionParams& params, cudaStream_t stream);
 
 // cuda/decode/decode.cu: few queries a row over a long cache, keys split over blocks.
 template <int kHeadDim, DType kDType>

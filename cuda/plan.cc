@@ -1,9 +1,12 @@
 #include "plan.h"
 
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #include "decode/splits.h"
 #include "sm80/tiles.h"
+#include "sm90/tiles.h"
 
 namespace jax_fa {
 namespace {
@@ -36,7 +39,34 @@ cudaError_t with_tile(int tile_dim, Launch launch, std::integer_sequence<int, kD
 
 constexpr std::integer_sequence<int, JAX_FA_HEAD_DIMS> kTiles;
 
+// Whether the Hopper kernels are compiled in, and not forbidden by JAX_FA_ARCH=sm80.
+bool hopper_allowed() {
+#if JAX_FA_SM90
+  static const char* arch = std::getenv("JAX_FA_ARCH");
+  return !arch || std::strcmp(arch, "sm80") != 0;
+#else
+  return false;
+#endif
+}
+
+// 10 * major + minor of the current device; 0 if there is none.
+int current_capability() {
+  int device, major, minor;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  return known ? 10 * major + minor : 0;
+}
+
+bool runs_hopper_kernel(const AttentionParams& p, int tile_dim, int capability) {
+  return runs_hopper(capability) && fwd_sm90_covers(p, tile_dim);
+}
+
 }  // namespace
+
+// Hopper's machine code runs on 9.0 alone.
+bool runs_hopper(int capability) { return capability == 90 && hopper_allowed(); }
 
 int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
                      int64_t max_len_kv) {
@@ -57,6 +87,17 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
         },
         kTiles);
   }
+#if JAX_FA_SM90
+  if (runs_hopper_kernel(p, tile_dim, current_capability())) {
+    return with_tile(
+        tile_dim,
+        [&]<int kDim>() {
+          return p.dtype == DType::kBF16 ? launch_fwd_sm90<kDim, DType::kBF16>(p, stream)
+                                         : launch_fwd_sm90<kDim, DType::kF16>(p, stream);
+        },
+        kTiles);
+  }
+#endif
   return with_tile(
       tile_dim,
       [&]<int kDim>() {
@@ -74,7 +115,7 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
 
 Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
              int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes,
-             bool general) {
+             const PlanOptions& options) {
   const Operation op = operation == "decode"   ? Operation::kDecode
                        : operation == "hybrid" ? Operation::kHybrid
                                                : Operation::kPrefill;
@@ -105,7 +146,20 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.kv.len_kv = max_len_kv;
   p.dtype = dtype;
   p.k.dtype = p.v.dtype = kv_bytes == 1 ? DType::kInt8 : dtype;
-  const FwdTile tile = fwd_sm80_tile(tile_dim, dtype, general);
+  p.scale = options.general ? 0 : 1;
+  p.bias = options.bias ? &kPacked : nullptr;
+  p.window_left = -1;
+  p.window_right = options.masked ? 0 : -1;
+  p.kv.page_table = options.page_size > 0 ? &kPacked : nullptr;
+  p.kv.page_size = options.page_size;
+  if (runs_hopper_kernel(p, tile_dim, options.capability)) {
+    const FwdClass kind = fwd_sm90_class(p, tile_dim);
+    const HopperTile tile = fwd_sm90_tile(tile_dim, kind);
+    const int warps = (tile.m / 64 + 1) * 4;
+    const int64_t tiles = fwd_sm90_order(p, tile, kind != FwdClass::kFull).total;
+    return {"sm90/fwd", tile.m, tile.n, tile_dim, warps, 1, std::min(options.sms, tiles)};
+  }
+  const FwdTile tile = fwd_sm80_tile(tile_dim, dtype, options.general || options.bias);
   return {"sm80/fwd", tile.m, tile.n, tile_dim, tile.warps, 1, fwd_sm80_grid(p, tile).blocks};
 }
 

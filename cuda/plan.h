@@ -21,11 +21,21 @@ struct Plan {
 int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
                      int64_t max_len_kv);
 
+struct PlanOptions {
+  bool general, bias, masked;  // scores beyond a scale, a dense bias, a window or causal
+  int page_size;               // 0: contiguous keys
+  int capability;              // of the device, 10 * major + minor
+  int64_t sms;
+};
+
 // The plan of an operation ("prefill", "decode", "hybrid") on static shapes; total_q counts packed
-// queries and is 0 for dense ones; `general` says whether scores have more than a scale.
+// queries and is 0 for dense ones.
 Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
              int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes,
-             bool general);
+             const PlanOptions& options);
+
+// Whether kernels of cuda/sm90/ run on devices of that capability (10 * major + minor).
+bool runs_hopper(int capability);
 
 cudaError_t run_attention(Operation operation, const AttentionParams& params,
                           const SplitScratch& scratch, cudaStream_t stream);

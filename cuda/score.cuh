@@ -1,6 +1,6 @@
 // Score modifiers: the map from a raw product q.k to the logit that the softmax sees, applied to a
 // whole tile at a time, and its derivative. A tile is given as a function for_each that calls
-// f(float& x, int i, int j) for every element x of query i and key j (within their batch row).
+// f(float& x, Place i, Place j) for every element x of query i and key j (within their batch row).
 //
 // A score leaves the tile in a domain of its own: the logit in log2 units is to_log2() * x, a
 // factor that the softmax folds into the argument of exp2.
@@ -17,6 +17,19 @@ namespace jax_fa {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+
+// A position in two parts, the second known at compile time where loops are unrolled.
+struct Place {
+  int base, step;
+
+  __device__ operator int() const { return base + step; }
+};
+
+// How far key j lies before the place that query i is aligned with: one conversion for all elements
+// of a thread, exact up to 2^24.
+__device__ inline float distance(Place i, Place j, int diagonal) {
+  return float(i.base + diagonal - j.base) + float(i.step - j.step);
+}
 
 // scale * q.k. The scale must be positive, as the maximum of the row is taken before scaling.
 struct ScaledScore {
@@ -44,6 +57,7 @@ struct Softcap {
 };
 
 // Everything at run time: softcap(scale * q.k) - slope * |i + diagonal - j| + bias[i, j].
+template <bool kBias>
 struct GeneralScore {
   const AttentionParams& params;
   int b, head, len_q;
@@ -56,17 +70,17 @@ struct GeneralScore {
   template <class ForEach>
   __device__ void apply(ForEach for_each) const {
     const float scale = params.scale;
-    for_each([=](float& x, int, int) { x *= scale; });
+    for_each([=](float& x, Place, Place) { x *= scale; });
     if (params.softcap > 0.f) {
       const Softcap softcap{params.softcap};
-      for_each([=](float& x, int, int) { x = softcap(x); });
+      for_each([=](float& x, Place, Place) { x = softcap(x); });
     }
     if (params.alibi_slopes) {
       const float slope = params.alibi_slopes[int64_t(b) * params.heads_q + head];
       const int diagonal = mask.diagonal;
-      for_each([=](float& x, int i, int j) { x -= slope * fabsf(float(i + diagonal - j)); });
+      for_each([=](float& x, Place i, Place j) { x -= slope * fabsf(distance(i, j, diagonal)); });
     }
-    if (params.bias) {
+    if (kBias && params.bias) {
       if (params.bias_dtype == DType::kF16) add_bias<__half>(for_each);
       if (params.bias_dtype == DType::kBF16) add_bias<__nv_bfloat16>(for_each);
       if (params.bias_dtype == DType::kF32) add_bias<float>(for_each);
@@ -80,7 +94,7 @@ struct GeneralScore {
   __device__ void add_bias(ForEach for_each) const {
     const T* gBias = static_cast<const T*>(params.bias) +
                      b % params.bias_rows * params.bias_row_stride + head * params.bias_head_stride;
-    for_each([&](float& x, int i, int j) {
+    for_each([&](float& x, Place i, Place j) {
       if (i >= len_q || j >= mask.len_kv) return;
       x += float(gBias[i * params.bias_query_stride + j * params.bias_key_stride]);
     });

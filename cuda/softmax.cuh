@@ -37,7 +37,7 @@ struct OnlineSoftmax {
   }
 
   // Turns scores into probabilities relative to `max`. Where a row's maximum has moved, `rescale`
-  // is what its sums so far must be multiplied by, else 1. Returns whether any of the warp moved.
+  // is what its output so far must be multiplied by, else 1. Returns whether any of the warp moved.
   template <int kNTiles>
   __device__ bool step(float (&s)[kMTiles][kNTiles][4], float to_log2,
                        float (&rescale)[kMTiles][2]) {
@@ -46,12 +46,14 @@ struct OnlineSoftmax {
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float row_max = max[m][h];
+        float maxima[4] = {max[m][h], -INFINITY, -INFINITY, -INFINITY};  // chains of their own
 #pragma unroll
         for (int n = 0; n < kNTiles; ++n) {
-          row_max = fmaxf(row_max, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+          float& chain = maxima[n % 4];
+          chain = fmaxf(chain, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
         }
-        row_max = quad_max(row_max);
+        const float row_max =
+            quad_max(fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3])));
         const bool moves = (row_max - max[m][h]) * to_log2 > kSlackLog2;  // -inf to -inf: false
         rescale[m][h] = moves ? ptx::exp2((max[m][h] - row_max) * to_log2) : 1.f;
         max[m][h] = moves ? row_max : max[m][h];
@@ -65,8 +67,8 @@ struct OnlineSoftmax {
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
             s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], to_log2, -max_log2));
-            row_sum += s[m][n][e];
           }
+          row_sum += s[m][n][2 * h] + s[m][n][2 * h + 1];
         }
         sum[m][h] = sum[m][h] * rescale[m][h] + row_sum;
       }
@@ -88,7 +90,7 @@ struct OnlineSoftmax {
     const float base = fmaxf(max_log2, sink_log2);
     const float weight = ptx::exp2(max_log2 - base);
     const float total = keys * weight + ptx::exp2(sink_log2 - base);
-    return {weight / total, (base + ptx::log2(total)) * kLn2, false};
+    return {weight * ptx::rcp(total), (base + ptx::log2(total)) * kLn2, false};
   }
 };
 

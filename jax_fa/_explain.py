@@ -13,22 +13,27 @@ from ._primitives import OPERATIONS, REFERENCE_ONLY
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Peak rates: TFLOP/s of 16-bit and TF32 matrix products with float32 sums, and GB/s read."""
+    """Peak rates: TFLOP/s of 16-bit and TF32 matrix products with float32 sums, and GB/s read.
+
+    capability: 10 * major + minor. sms: multiprocessors.
+    """
 
     name: str
     tflops: float
     tflops_tf32: float
     gb_per_s: float
+    capability: int
+    sms: int
 
 
 # H200: measured (bf16 8192^3 product on random data, read-only stream). Others: data sheets.
 DEVICES = {
     device.name: device
     for device in [
-        Device("h200", 780, 390, 4560),
-        Device("h100", 989, 494, 3350),
-        Device("a100", 312, 156, 2039),
-        Device("l40s", 181, 90, 864),
+        Device("h200", 780, 390, 4560, 90, 132),
+        Device("h100", 989, 494, 3350, 90, 132),
+        Device("a100", 312, 156, 2039, 80, 108),
+        Device("l40s", 181, 90, 864, 89, 142),
     ]
 }
 
@@ -144,7 +149,8 @@ def _explain(eqn, count, peak):
     if reason:
         plan["kernel"] = "none" if reason.startswith("no kernel") else "reference"
     elif name in _OPERATION:
-        plan = _jax_fa.plan(_OPERATION[name], **_plan_shape(name, x, static))
+        shape = _plan_shape(name, x, static)
+        plan = _jax_fa.plan(_OPERATION[name], **shape, capability=peak.capability, sms=peak.sms)
     roofline = math.nan
     if peak is not None:
         rate = peak.tflops_tf32 if x["k"].dtype == np.float32 else peak.tflops
@@ -180,6 +186,9 @@ def _plan_shape(name, x, static):
         "element_bytes": x["q"].dtype.itemsize,
         "kv_bytes": x["k"].dtype.itemsize,
         "general": _is_general(x, static),
+        "bias": "bias" in x and x["bias"].shape != (0,),
+        "masked": static["window_left"] >= 0 or static["window_right"] >= 0,
+        "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
     }
     if name == "jax_fa_fwd":
         return shape | {"batch": q[0], "len_q": q[1], "total_q": 0, "max_len_kv": k[1]}

@@ -58,6 +58,8 @@ def _ffi_call(op, args, static):
     count = len(results)
     if op.name == "jax_fa_decode":
         results += _decode_scratch(operands)
+    elif op.name in ("jax_fa_fwd", "jax_fa_varlen_fwd", "jax_fa_hybrid"):
+        results.append(jax.ShapeDtypeStruct((1,), np.int32))  # of prefill: tiles that were taken
     call = jax.ffi.ffi_call(op.name, results, input_output_aliases=op.aliases)
     return call(*args, **_attributes(static))[:count]
 

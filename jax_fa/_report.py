@@ -30,6 +30,8 @@ def _tier(device):
     major, minor = (int(x) for x in device.compute_capability.split("."))
     if major < 8:
         return f"no kernels: compute capability {major}.{minor}, they need 8.0"
+    if _jax_fa.runs_hopper(10 * major + minor):
+        return "the Hopper kernels (sm90), the portable ones (sm80) for what those leave"
     return "the portable kernels (sm80)"
 
 

@@ -82,7 +82,7 @@ def test_explain_names_kernels_and_counts_work():
         return jax.lax.scan(layer, q, None, length=3)[0]
 
     (call,) = jax_fa.explain(jax.jit(layers), q, k, device="h200")
-    assert (call.primitive, call.count, call.kernel) == ("jax_fa_fwd", 3, "sm80/fwd")
+    assert (call.primitive, call.count, call.kernel) == ("jax_fa_fwd", 3, "sm90/fwd")
     pairs = 1024 * 1025 / 2
     assert call.flops == 4 * 64 * 8 * 2 * pairs
     assert call.bytes == 2 * (2 * q.size + 2 * k.size) + 4 * 2 * 8 * 1024

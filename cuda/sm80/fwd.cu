@@ -132,7 +132,9 @@ struct Consumer {
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) f(s[m][n][e], i0 + m * 16 + e / 2 * 8, j0 + n * 8 + e % 2);
+        for (int e = 0; e < 4; ++e) {
+          f(s[m][n][e], Place{i0, m * 16 + e / 2 * 8}, Place{j0, n * 8 + e % 2});
+        }
       }
     }
   }
@@ -315,8 +317,8 @@ template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream) {
   using General = Traits<kHeadDim, kDType, true>;
   using Plain = Traits<kHeadDim, kDType, false>;
-  if (fwd_sm80_quantized(params)) return launch<General, GeneralScore, true>(params, stream);
-  return fwd_sm80_general(params) ? launch<General, GeneralScore, false>(params, stream)
+  if (fwd_sm80_quantized(params)) return launch<General, GeneralScore<true>, true>(params, stream);
+  return fwd_sm80_general(params) ? launch<General, GeneralScore<true>, false>(params, stream)
                                   : launch<Plain, ScaledScore, false>(params, stream);
 }
 

@@ -48,9 +48,10 @@ __device__ inline QueryStretch find_stretch(const AttentionParams& p, int tile) 
   return {0, 0, 0, 0};  // the grid is an upper bound: no stretch is left for this block
 }
 
+// Tile `tile` of a pair of batch row and head, or of a head where queries are packed. A whole warp
+// calls it.
 template <int kBlockM>
-__device__ inline QueryTile locate_tile(const AttentionParams& p) {
-  const int pair = blockIdx.z * gridDim.x + blockIdx.x, tile = gridDim.y - 1 - blockIdx.y;
+__device__ inline QueryTile query_tile(const AttentionParams& p, int pair, int tile) {
   QueryTile out;
   int begin, end;
   if (p.q_start) {
@@ -74,6 +75,11 @@ __device__ inline QueryTile locate_tile(const AttentionParams& p) {
   const int length = p.q_length ? p.q_length[max(out.b, 0)] : p.len_q;
   out.len_q = out.b < 0 ? 0 : min(max(length, 0), end - begin);
   return out;
+}
+
+template <int kBlockM>
+__device__ inline QueryTile locate_tile(const AttentionParams& p) {
+  return query_tile<kBlockM>(p, blockIdx.z * gridDim.x + blockIdx.x, gridDim.y - 1 - blockIdx.y);
 }
 
 }  // namespace jax_fa

@@ -59,19 +59,33 @@ inline int element_size(DType dtype) {
   return dtype == DType::kF16 || dtype == DType::kBF16 ? 2 : 1;
 }
 
-inline FwdGrid fwd_sm80_grid(const AttentionParams& p, const FwdTile& tile) {
-  const bool packed = p.q_start != nullptr;
-  // Packed rows start where they like: each of the batch + 1 stretches (before the first row and
-  // from each row's start to the next) rounds up to tiles of its own.
-  const int tokens = packed ? p.total_q : p.len_q;
-  const int tiles = (tokens + tile.m - 1) / tile.m + (packed ? p.batch : 0);
-  const int64_t pairs = packed ? p.heads_q : int64_t(p.batch) * p.heads_q;
+// Pairs of a batch row and a head, or heads where queries are packed.
+inline int64_t fwd_pairs(const AttentionParams& p) {
+  return p.q_start ? p.heads_q : int64_t(p.batch) * p.heads_q;
+}
+
+// Tiles of `rows` queries of a pair, at most. Packed rows start where they like: each of the
+// batch + 1 stretches (before the first row and from each row's start to the next) rounds up to
+// tiles of its own.
+inline int fwd_tiles(const AttentionParams& p, int rows) {
+  const int tokens = p.q_start ? p.total_q : p.len_q;
+  return (tokens + rows - 1) / rows + (p.q_start ? p.batch : 0);
+}
+
+// Query heads whose keys and values fit a section.
+inline int64_t fwd_section_heads(const AttentionParams& p) {
   const int64_t head_bytes = int64_t(p.kv.len_kv) * (p.head_dim * element_size(p.k.dtype) +
                                                      p.head_dim_v * element_size(p.v.dtype));
   const int64_t heads = std::max<int64_t>(1, kFwdSectionBytes / std::max<int64_t>(1, head_bytes));
+  return heads * (p.heads_q / p.heads_kv);
+}
+
+inline FwdGrid fwd_sm80_grid(const AttentionParams& p, const FwdTile& tile) {
+  const int tiles = fwd_tiles(p, tile.m);
+  const int64_t pairs = fwd_pairs(p);
   const int64_t fewest = std::max<int64_t>((pairs + kMaxSections - 1) / kMaxSections, 1);
   const int64_t most = std::max<int64_t>(pairs, 1);
-  const int64_t section = std::clamp(heads * (p.heads_q / p.heads_kv), fewest, most);
+  const int64_t section = std::clamp(fwd_section_heads(p), fewest, most);
   const int64_t sections = (pairs + section - 1) / section;
   return {unsigned(section), unsigned(tiles), unsigned(sections), int64_t(tiles) * pairs};
 }

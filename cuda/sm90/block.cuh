@@ -1,0 +1,116 @@
+// What the warps of a block of the Hopper forward kernel share.
+#pragma once
+
+#include <type_traits>
+
+#include "../mask.cuh"
+#include "../score.cuh"
+#include "../sm80/mma.cuh"
+#include "../sm80/schedule.cuh"
+#include "ptx.cuh"
+#include "tiles.h"
+
+namespace jax_fa {
+
+template <int kHeadDim_, DType kDType_, FwdClass kClass_>
+struct HopperTraits {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr DType kDType = kDType_;
+  static constexpr FwdClass kClass = kClass_;
+  using Element = typename Mma<kDType>::Element;
+  using Score = std::conditional_t<kClass == FwdClass::kGeneral, GeneralScore<false>, ScaledScore>;
+
+  static constexpr HopperTile kTile = fwd_sm90_tile(kHeadDim, kClass);
+  static constexpr int kBlockM = kTile.m;
+  static constexpr int kBlockN = kTile.n;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kConsumers = kBlockM / 64;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr bool kMasked = kClass != FwdClass::kFull;
+
+  static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;  // elements: see wgmma.cuh
+  static constexpr int kPanels = kHeadDim / kPanel;
+
+  // All that an SM has, 64 K: consumers hold s, p and o.
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+};
+
+// What producers tell consumers of a tile.
+struct WorkTile {
+  QueryTile q = {};  // q.rows 0: there are no more
+  IntervalMask mask = {0, 0, 0, 0};
+  int begin = 0, end = 0;  // tiles of keys that some query sees: at least one
+  // Where its keys lie: head, rows and the first token, of paged keys the layer's first pages.
+  int head_kv = 0, k_row = 0, v_row = 0, start = 0;
+};
+
+template <class Traits>
+struct HopperStorage {
+  using Element = typename Traits::Element;
+  template <int kRows>
+  using Tile = Element[Traits::kPanels][kRows][Traits::kPanel];
+  static constexpr bool kStagesOutput = Traits::kTile.q_buffers > 1;
+  static constexpr int kTiles = 4;  // more than products, copies and epilogue can be apart
+  // Of tiles that are taken in no fixed turn: others could run what a block takes early.
+  static constexpr int kTilesTaken = 2;
+
+  alignas(1024) Tile<Traits::kBlockM> q[Traits::kTile.q_buffers];
+  alignas(1024) Tile<Traits::kBlockN> k[Traits::kStages], v[Traits::kStages];
+  alignas(16) char tiles[kTiles][sizeof(WorkTile)];
+  ptx::Barrier tile_full[kTiles], tile_empty[kTiles];
+  ptx::Barrier q_full[Traits::kTile.q_buffers], q_empty[Traits::kTile.q_buffers];
+  ptx::Barrier k_full[Traits::kStages], k_empty[Traits::kStages];
+  ptx::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
+  ptx::Barrier v_uncleared[Traits::kStages];  // warp 1 to warp 2: landed, with values to clear
+
+  __device__ WorkTile& tile(int i) { return reinterpret_cast<WorkTile&>(tiles[i]); }
+
+  __device__ void init_barriers() {
+    constexpr int kConsumerWarps = Traits::kConsumers * 4;
+    for (int i = 0; i < kTiles; ++i) {
+      ptx::barrier_init(tile_full[i], 1);
+      ptx::barrier_init(tile_empty[i], kConsumerWarps + 2);  // and warps 1 and 2
+    }
+    for (int i = 0; i < Traits::kTile.q_buffers; ++i) {
+      ptx::barrier_init(q_full[i], 1);
+      ptx::barrier_init(q_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < Traits::kStages; ++i) {
+      ptx::barrier_init(k_full[i], 1);
+      ptx::barrier_init(v_full[i], 1);
+      ptx::barrier_init(v_uncleared[i], 1);
+      ptx::barrier_init(k_empty[i], kConsumerWarps);
+      ptx::barrier_init(v_empty[i], kConsumerWarps);
+    }
+    ptx::fence_barrier_init();
+  }
+};
+
+// A position in a ring of kSize buffers, and the parity of the round.
+template <int kSize>
+struct Ring {
+  static_assert((kSize & (kSize - 1)) == 0, "cheap remainders");
+  unsigned count = 0;
+
+  __device__ int at() const { return count % kSize; }
+  __device__ int parity() const { return count / kSize & 1; }
+  __device__ void advance() { ++count; }
+};
+
+struct HopperParams {
+  AttentionParams attention;
+  CUtensorMap q, k, v, o;  // k and v in boxes of box_tokens tokens, o of 16
+  HopperOrder order;
+  int box_tokens;
+  int* next_tile;  // tiles beyond the first of each block that have been taken; null: in fixed turn
+};
+
+// Values at or past a row's length may hold anything, and 0 times it must be 0. Bulk copies clear
+// what lies past the end of the array, not what lies past the end of the row.
+template <class Traits>
+__device__ bool must_clear(const WorkTile& tile) {
+  return tile.end * Traits::kBlockN > tile.mask.len_kv;
+}
+
+}  // namespace jax_fa

@@ -1,0 +1,423 @@
+// Prefill attention on Hopper: o = softmax(score(q k^T)) v and its lse, with bulk tensor copies
+// (TMA), warpgroup products (wgmma) and warps of different roles.
+//
+// One block per SM walks tiles of queries of one head. Its first warpgroup produces (producer.cuh):
+// warp 0 says which tile comes next, warp 1 starts the copies of its queries and of the keys and
+// values that they see, from the last to the first, warp 2 clears values past a row's length. The
+// other warpgroups consume, 64 queries each. Per tile of keys a warpgroup does
+//
+//     s = q K(n - 1)^T   and   o = o + p V(n)      in its turn, on the tensor cores
+//     p = softmax(s)                               while the next warpgroup has its turn
+//
+// so that one multiplies while another takes exponentials. A warp that starts products waits until
+// the tensor cores have come to nearly the last of them, and so has little to overlap with its own
+// (H200, head_dim 128: exponentials ahead of the wait for p V lose 7 % at 8k). The first product of
+// a tile of queries waits for its turn too; the last one does not, and the next tile's copies run
+// under it and under the epilogue.
+//
+// Barriers come in pairs: `full` (the producer, to all consumers: it has landed) and `empty` (the
+// warps of all consumers, to the producer: it may be overwritten), for each buffer of tiles of
+// keys, values, queries and for each place in the ring of descriptions of tiles.
+#include "../softmax.cuh"
+#include "block.cuh"
+#include "producer.cuh"
+#include "store.cuh"
+#include "tensor_map.h"
+#include "wgmma.cuh"
+
+namespace jax_fa {
+
+// Whose turn it is to start products: one warpgroup's at a time, in a circle.
+template <int kConsumers>
+struct Turn {
+  static constexpr int kFirstId = 1;  // of named barriers; 0 is __syncthreads
+  int mine;
+
+  __device__ explicit Turn(int consumer) : mine(consumer) {
+    if (mine == kConsumers - 1) pass();  // the first consumer begins
+  }
+  __device__ void take() const { ptx::named_barrier_sync(kFirstId + mine, 256); }
+  __device__ void pass() const {
+    ptx::named_barrier_arrive(kFirstId + (mine + 1) % kConsumers, 256);
+  }
+  __device__ void end() const {
+    if (mine == 0) take();  // the last pass leaves no barrier half full
+  }
+};
+
+// A warpgroup of 64 rows; s, p, o are laid out as mma.sync has them, 16 rows for each warp.
+template <class Traits>
+struct Consumer {
+  static constexpr int kBlockN = Traits::kBlockN;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  using Storage = HopperStorage<Traits>;
+  using Score = typename Traits::Score;
+
+  const HopperParams& hopper;
+  const AttentionParams& params = hopper.attention;
+  Storage& shared;
+  int consumer = __shfl_sync(0xffffffff, threadIdx.x / 128 - 1, 0);  // known to be uniform
+  int lane = threadIdx.x % 32;
+  int row = threadIdx.x / 32 % 4 * 16 + lane / 4;  // of this lane's two, the first; then + 8
+  Turn<Traits::kConsumers> turn;
+
+  Ring<Storage::kTiles> tile_ring;
+  Ring<Traits::kTile.q_buffers> q_ring;
+  Ring<Traits::kStages> k_ring, v_ring;
+
+  bool stored = false;  // whether there was a tile before this one
+  int n;                // the tile of keys whose probabilities p holds
+  int begin;            // the last one to come
+  Interval all;         // keys that all of the warpgroup's queries see
+  OnlineSoftmax<1, 8> softmax;
+  float s[1][kBlockN / 8][4];
+  uint32_t p[kBlockN / 4];
+  float o[kHeadDim / 2];
+
+  __device__ Consumer(const HopperParams& params, Storage& shared)
+      : hopper(params), shared(shared), turn(consumer) {}
+
+  __device__ const WorkTile& tile() { return shared.tile(tile_ring.at()); }
+
+  __device__ float (&scores()) [kBlockN / 2] { return reinterpret_cast<float (&)[kBlockN / 2]>(s); }
+
+  // Lets the producer overwrite what this warp is done with.
+  __device__ void release(ptx::Barrier& empty) const {
+    if (lane == 0) ptx::barrier_arrive(empty);
+  }
+
+  // --- the products; they only start here ---
+
+  __device__ void start_qk() {
+    const uint64_t q = panel_descriptor<Traits::kPanel>(shared.q[q_ring.at()][0][consumer * 64]);
+    const uint64_t k = panel_descriptor<Traits::kPanel>(shared.k[k_ring.at()]);
+    pin(scores());
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      constexpr int kSteps = Traits::kPanel / 16;  // in a panel
+      const int step = i % kSteps * 2, panel = i / kSteps * Traits::kPanel * 2 / 16;
+      Wgmma<Traits::kDType, kBlockN>::ss(scores(), q + panel * Traits::kBlockM + step,
+                                         k + panel * kBlockN + step, i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ void start_pv() {
+    const uint64_t v =
+        transposed_descriptor<Traits::kPanel>(shared.v[v_ring.at()], kBlockN * Traits::kPanel * 2);
+    pin(o);
+    pin(p);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kBlockN / 16; ++i) {
+      Wgmma<Traits::kDType, kHeadDim>::rs(o, &p[i * 4], v + i * Traits::kPanel * 2);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // --- from scores to probabilities ---
+
+  __device__ Score score() {
+    return Score(params, tile().q.b, tile().q.head, tile().q.len_q, tile().mask);
+  }
+
+  // Calls f(x, i, j) for each score of this lane.
+  template <class F>
+  __device__ void for_each_score(F f) {
+    const int i0 = tile().q.row0 + consumer * 64 + row, j0 = n * kBlockN + lane % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < kBlockN / 8; ++t) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        f(s[0][t][e], Place{i0, e / 2 * 8}, Place{j0, t * 8 + e % 2});
+      }
+    }
+  }
+
+  // Whether every query of the warpgroup sees all keys of a tile.
+  __device__ bool all_visible(int tile) const {
+    return (tile + 1) * kBlockN <= all.hi && (!Traits::kMasked || tile * kBlockN >= all.lo);
+  }
+
+  // One end at a time: a causal or padding mask has no left one.
+  __device__ void apply_mask() {
+    const int i0 = tile().q.row0 + consumer * 64 + row, j0 = n * kBlockN + lane % 4 * 2;
+    if ((n + 1) * kBlockN > all.hi) {
+      const IntervalMask mask = tile().mask;
+      const int end[2] = {mask.hi(i0) - j0, mask.hi(i0 + 8) - j0};
+      hide([&](int h, int j) { return j >= end[h]; });
+    }
+    if (Traits::kMasked && n * kBlockN < all.lo) {
+      const IntervalMask mask = tile().mask;
+      const int begin[2] = {mask.lo(i0) - j0, mask.lo(i0 + 8) - j0};
+      hide([&](int h, int j) { return j < begin[h]; });
+    }
+  }
+
+  // h: which of the lane's two rows; j: the key, counted from the lane's first.
+  template <class Hidden>
+  __device__ void hide(Hidden hidden) {
+#pragma unroll
+    for (int t = 0; t < kBlockN / 8; ++t) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (hidden(e / 2, t * 8 + e % 2)) s[0][t][e] = -INFINITY;
+      }
+    }
+  }
+
+  // Scores of tile n to probabilities, and o to the row's maximum so far.
+  template <bool kHidden, bool kFirst>
+  __device__ void apply_softmax() {
+    score().apply([&](auto f) { for_each_score(f); });
+    if constexpr (kHidden) apply_mask();
+    float rescale[1][2];
+    const bool moved = softmax.step(s, score().to_log2(), rescale);
+#pragma unroll
+    for (int i = 0; i < kBlockN / 4; ++i) {
+      p[i] = Mma<Traits::kDType>::pack(scores()[2 * i], scores()[2 * i + 1]);
+    }
+    if constexpr (!kFirst) {
+      if (!moved) return;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= rescale[0][i / 2 % 2];
+    }
+  }
+
+  // --- the steps ---
+
+  // Waits for the tile that comes next; false: there is none.
+  __device__ bool wait_tile() {
+    ptx::barrier_wait(shared.tile_full[tile_ring.at()], tile_ring.parity());
+    return tile().q.rows != 0;
+  }
+
+  // The first product of a tile, and its probabilities.
+  __device__ void begin_tile() {
+    const WorkTile& tile = this->tile();
+    const int row0 = tile.q.row0 + consumer * 64, row1 = min(row0 + 64, tile.q.len_q);
+    all = tile.mask.seen_by_all(row0, max(row1, row0 + 1));
+    n = tile.end - 1;
+    begin = tile.begin;
+    softmax = {};
+#pragma unroll
+    for (float& x : o) x = 0.f;
+
+    ptx::barrier_wait(shared.q_full[q_ring.at()], q_ring.parity());
+    ptx::barrier_wait(shared.k_full[k_ring.at()], k_ring.parity());
+    turn.take();
+    start_qk();
+    turn.pass();
+    if (Storage::kStagesOutput && stored) release_staging();
+    ptx::wgmma_wait<0>();
+    pin(scores());
+    release_k();
+    if (n == begin) last_scores();
+    apply_softmax<true, true>();
+  }
+
+  // The queries are used up, unless their place serves the epilogue.
+  __device__ void last_scores() {
+    if constexpr (!Storage::kStagesOutput) release_q();
+  }
+
+  // The place of the queries before these, which the output has left by now.
+  __device__ void release_staging() {
+    if (lane == 0) {
+      ptx::bulk_wait_read();
+      ptx::fence_async_proxy();
+      constexpr int kBuffers = Traits::kTile.q_buffers;
+      ptx::barrier_arrive(shared.q_empty[(q_ring.at() + kBuffers - 1) % kBuffers]);
+    }
+  }
+
+  __device__ void release_q() {
+    release(shared.q_empty[q_ring.at()]);
+    q_ring.advance();
+  }
+
+  __device__ void release_k() {
+    release(shared.k_empty[k_ring.at()]);
+    k_ring.advance();
+  }
+
+  __device__ void release_v() {
+    release(shared.v_empty[v_ring.at()]);
+    v_ring.advance();
+  }
+
+  // kHidden: some query may not see some key of the next tile of keys.
+  template <bool kHidden>
+  __device__ void step() {
+    ptx::barrier_wait(shared.k_full[k_ring.at()], k_ring.parity());
+    turn.take();
+    start_qk();
+    ptx::barrier_wait(shared.v_full[v_ring.at()], v_ring.parity());
+    start_pv();
+    turn.pass();
+
+    ptx::wgmma_wait<1>();
+    pin(scores());
+    release_k();
+    if (--n == begin) last_scores();
+    ptx::wgmma_wait<0>();
+    pin(o);
+    pin(p);
+    release_v();
+    apply_softmax<kHidden, false>();
+  }
+
+  // The last product of a tile, and its epilogue.
+  __device__ void end_tile() {
+    ptx::barrier_wait(shared.v_full[v_ring.at()], v_ring.parity());
+    start_pv();
+    ptx::wgmma_wait<0>();
+    pin(o);
+    pin(p);
+    release_v();
+    store();
+    release(shared.tile_empty[tile_ring.at()]);
+    tile_ring.advance();
+    if constexpr (Storage::kStagesOutput) q_ring.advance();
+    stored = true;
+  }
+
+  __device__ void run() {
+    while (wait_tile()) {
+      begin_tile();
+      while (n > begin) {
+        if constexpr (Traits::kMasked) {
+          while (n > begin && !all_visible(n - 1)) step<true>();
+          while (n > begin && all_visible(n - 1)) step<false>();
+        } else {
+          step<false>();
+        }
+      }
+      end_tile();
+    }
+    turn.end();
+    if (lane == 0) ptx::bulk_wait_read();  // before the block's shared memory goes
+  }
+
+  // Closes the softmax and writes the rows; what is no query of any row gets o = 0, lse = -inf.
+  __device__ void store() {
+    const QueryTile& q = tile().q;
+    const AttentionParams& p = params;
+    const OutputWarp<Traits> out(hopper, q, consumer * 64 + row - lane / 4);
+    const float sink = p.sinks ? p.sinks[int64_t(max(q.b, 0)) * p.heads_q + q.head] : -INFINITY;
+    float normalize[2];
+    bool live[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = consumer * 64 + row + h * 8;
+      const bool query = q.row0 + r < q.len_q;
+      const auto result = softmax.finish(0, h, score().to_log2(), sink);
+      if (lane % 4 == 0 && r < q.rows) out.gLse[r] = query ? result.lse : -INFINITY;
+      live[h] = query && !result.empty;
+      normalize[h] = result.normalize;
+    }
+    const bool all_live = __all_sync(0xffffffff, live[0] && live[1]);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= normalize[i / 2 % 2];
+    if (!all_live) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o[i] = live[i / 2 % 2] ? o[i] : 0.f;
+    }
+    if constexpr (Storage::kStagesOutput) {
+      out.store_through(shared.q[q_ring.at()], o);
+    } else {
+      out.store(o);
+    }
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    fwd_sm90(const __grid_constant__ HopperParams params) {
+  extern __shared__ __align__(1024) unsigned char raw_shared[];
+  auto& shared = *reinterpret_cast<HopperStorage<Traits>*>(raw_shared);
+  if (threadIdx.x == 0) shared.init_barriers();
+  __syncthreads();  // barriers are there
+
+  if (threadIdx.x < 128) {
+    ptx::lower_registers<Traits::kProducerRegisters>();
+    switch (threadIdx.x / 32) {
+      case 0:
+        return Scheduler<Traits>{params, shared}.run();
+      case 1:
+        return Loader<Traits>{params, shared}.run();
+      case 2:
+        return clear_values<Traits>(shared);
+    }
+  } else {
+    ptx::raise_registers<Traits::kConsumerRegisters>();
+    Consumer<Traits>(params, shared).run();
+  }
+}
+
+// With fewer tiles of a pair, their differences even out among the many that each block runs.
+constexpr int kTilesWorthTaking = 8;
+
+template <class Traits>
+cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+  constexpr int kPanel = Traits::kPanel;
+  const HopperOrder order = fwd_sm90_order(p, Traits::kTile, Traits::kMasked);
+  if (order.total == 0) return cudaSuccess;
+  int device, sms;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+
+  const bool paged = p.kv.page_table != nullptr;
+  HopperParams params{};
+  params.attention = p;
+  params.order = order;
+  params.box_tokens = paged ? std::min(p.kv.page_size, Traits::kBlockN) : Traits::kBlockN;
+  error = make_tensor_map(params.q, p.dtype, p.q, p.head_dim, p.heads_q, p.q_head_stride, p.total_q,
+                          p.q_token_stride, 1, 0, kPanel, Traits::kBlockM);
+  if (error != cudaSuccess) return error;
+  const auto keys = [&](CUtensorMap& map, const KvTensor& x, int dim) {
+    return make_tensor_map(map, p.dtype, x.data, dim, p.heads_kv, x.head_stride, x.tokens,
+                           x.token_stride, x.rows, x.row_stride, kPanel, params.box_tokens);
+  };
+  error = keys(params.k, p.k, p.head_dim);
+  if (error != cudaSuccess) return error;
+  error = keys(params.v, p.v, p.head_dim_v);
+  if (error != cudaSuccess) return error;
+  error = make_tensor_map(params.o, p.dtype, p.o, p.head_dim_v, p.heads_q, p.head_dim_v, p.total_q,
+                          int64_t(p.heads_q) * p.head_dim_v, 1, 0, kPanel, 16);
+  if (error != cudaSuccess) return error;
+
+  const int64_t blocks = std::min<int64_t>(sms, order.total);
+  if (Traits::kMasked && order.tiles >= kTilesWorthTaking && order.total > blocks) {
+    params.next_tile = p.next_tile;
+    error = cudaMemsetAsync(p.next_tile, 0, sizeof(int), stream);
+    if (error != cudaSuccess) return error;
+  }
+  constexpr int kBytes = sizeof(HopperStorage<Traits>);
+  static_assert(kBytes <= 227 * 1024, "an SM's shared memory");
+  const auto kernel = fwd_sm90<Traits>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<unsigned(blocks), Traits::kThreads, kBytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <int kHeadDim, DType kDType>
+cudaError_t launch_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
+  switch (fwd_sm90_class(p, kHeadDim)) {
+    case FwdClass::kFull:
+      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kFull>>(p, stream);
+    case FwdClass::kMasked:
+      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kMasked>>(p, stream);
+    default:
+      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kGeneral>>(p, stream);
+  }
+}
+
+template cudaError_t launch_fwd_sm90<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const AttentionParams&,
+                                                                           cudaStream_t);
+
+}  // namespace jax_fa

@@ -1,0 +1,88 @@
+// Tiles and order of work of the Hopper forward kernel. Plain C++: the kernel is built from it and
+// the planner explains it.
+#pragma once
+
+#include "../sm80/tiles.h"
+
+namespace jax_fa {
+
+// What an instance of the kernel can do: every key up to a row's length, any interval of keys, or
+// that and any score.
+enum class FwdClass { kFull, kMasked, kGeneral };
+
+struct HopperTile {
+  int m, n;       // queries (64 for each warpgroup of consumers) and keys of a tile
+  int stages;     // buffers of keys, and of values
+  int q_buffers;  // of queries: with two, those of the next tile load while this one runs
+};
+
+// Registers are what limits them: s, p and o of a warpgroup take n / 2 + n / 4 + head_dim / 2 of a
+// thread's 232 (two warpgroups of consumers) or 160 (three). Shared memory holds two buffers each
+// of keys and values, and two of queries where that leaves keys their width.
+//
+// H200, bf16, B * T = 16384, N * H = 2048, TFLOP/s at T = 512, 2k, 16k. head_dim 64: n = 128 has
+// 373, 506, 576; two warpgroups, 3 stages 357, 436, 466; n = 96, 3 stages 294, 434, 512. head_dim
+// 128: n = 160 has 457, 702, 756; n = 128 524, 683, 738 and, with one buffer of queries, 499, 660,
+// 701; n = 176, which leaves room for one, 489, 659, 737; three warpgroups of n = 80 373, 598, 678.
+// head_dim 256: n = 80 has 504, 713, 782; n = 64 500, 658, 721.
+constexpr HopperTile fwd_sm90_tile(int head_dim_tile, FwdClass kind) {
+  const bool full = kind == FwdClass::kFull, general = kind == FwdClass::kGeneral;
+  if (head_dim_tile <= 64) return {192, 128, 2, 2};
+  if (head_dim_tile <= 96) return {128, 128, 2, 2};
+  if (head_dim_tile <= 128) return {128, full ? 160 : 128, 2, 2};
+  if (head_dim_tile <= 192) return {128, full ? 112 : 96, 2, 1};
+  return {128, general ? 64 : 80, 2, 1};
+}
+
+// The order of tiles. Pairs of a batch row and a head (heads, where queries are packed) go section
+// by section, a section being as many as fit L2 with their keys and values. Within a section the
+// last query tiles of all pairs come first where masks make them the longest; else pair by pair.
+struct HopperOrder {
+  int tiles;  // of a pair
+  int pairs;
+  int section;  // pairs of a section
+  int total;    // tiles of all pairs
+  bool longest_first;
+
+  struct Place {
+    int pair, tile;
+  };
+
+  __host__ __device__ Place operator()(int i) const {
+    if (!longest_first) return {i / tiles, i % tiles};
+    const int first = i / (section * tiles) * section;
+    const int size = pairs - first < section ? pairs - first : section;
+    const int rest = i - first * tiles;
+    return {first + rest % size, tiles - 1 - rest / size};
+  }
+};
+
+inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile) {
+  if (fwd_sm80_general(p)) return FwdClass::kGeneral;
+  if (p.window_left >= 0 || p.window_right >= 0) return FwdClass::kMasked;
+  // Wide tiles of keys are the better ones where rows come near to filling them.
+  const auto padded = [&](FwdClass kind) {
+    const int n = fwd_sm90_tile(head_dim_tile, kind).n;
+    return (int64_t(p.kv.len_kv) + n - 1) / n * n;
+  };
+  const bool fills = padded(FwdClass::kFull) * 25 <= padded(FwdClass::kMasked) * 26;
+  return fills ? FwdClass::kFull : FwdClass::kMasked;
+}
+
+// Whether the kernel can run a call. Pages must divide its tiles of keys, or hold whole ones.
+inline bool fwd_sm90_covers(const AttentionParams& p, int head_dim_tile) {
+  if (p.dtype == DType::kF32 || fwd_sm80_quantized(p) || p.bias) return false;
+  if (!p.kv.page_table) return true;
+  const int n = fwd_sm90_tile(head_dim_tile, fwd_sm90_class(p, head_dim_tile)).n;
+  const int page = p.kv.page_size;
+  return page % 8 == 0 && (n % page == 0 || page % n == 0);
+}
+
+inline HopperOrder fwd_sm90_order(const AttentionParams& p, const HopperTile& tile, bool masked) {
+  const int tiles = fwd_tiles(p, tile.m);
+  const int64_t pairs = fwd_pairs(p);
+  const int64_t section = std::clamp<int64_t>(fwd_section_heads(p), 1, std::max<int64_t>(pairs, 1));
+  return {tiles, int(pairs), int(section), int(tiles * pairs), masked};
+}
+
+}  // namespace jax_fa
