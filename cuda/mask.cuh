@@ -31,6 +31,16 @@ struct IntervalMask {
     return window_right < 0 ? len_kv : least(len_kv, row + diagonal + window_right + 1);
   }
 
+  __host__ __device__ bool sees(int row, int col) const { return col >= lo(row) && col < hi(row); }
+
+  // Rows below len_q that see some column of [col0, col1); they are an interval too.
+  __host__ __device__ Interval rows_seeing(int col0, int col1, int len_q) const {
+    const int last = least(col1, len_kv) - 1;
+    if (last < col0) return {0, 0};
+    return {window_right < 0 ? 0 : most(0, col0 - diagonal - window_right),
+            window_left < 0 ? len_q : least(len_q, last - diagonal + window_left + 1)};
+  }
+
   // lo and hi never decrease with row, so the first and last row of [row0, row1) decide for all.
   __host__ __device__ Interval seen_by_any(int row0, int row1) const {
     return {lo(row0), hi(row1 - 1)};

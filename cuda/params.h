@@ -76,6 +76,26 @@ struct SplitScratch {
 
 constexpr SplitScratch kNoSplits{1, nullptr, nullptr};
 
+// The gradients of one attention call whose o and lse are known; o and dout are [total_q, heads_q,
+// head_dim], contiguous, dlse lies as lse. dq has the strides below and as many tokens as q; dk and
+// dv have those of keys and one row for each batch row of the queries (packed keys: one in all).
+struct BackwardParams {
+  AttentionParams fwd;
+  const void* dout;
+  const float* dlse;
+  void *dq, *dk, *dv;
+  int64_t dq_token_stride, dkv_row_stride, dkv_token_stride;
+  int total_k;    // packed keys: tokens of the array
+  float* dsinks;  // [batch, heads_q] or null
+  void* dbias;    // [batch, then as bias], contiguous, of bias's dtype, or null
+  int dbias_heads, dbias_queries, dbias_keys;  // sizes of bias, each maybe 1
+  bool deterministic;
+  // Scratch: per query {lse in log2 units, +inf where the query sees nothing; rowsum(dout o) -
+  // dlse}, lying as lse, and where dq is summed (see sm80/bwd_tiles.h), null if it is not.
+  float2* rows;
+  float* dq_sum;
+};
+
 // Appends new keys and values to a cache in place (the outputs alias the cache operands).
 struct AppendParams {
   const void *k_new, *v_new;  // [total_new, heads_kv, dim], contiguous, of `dtype`
@@ -102,6 +122,17 @@ struct AppendParams {
 // head dim >= head_dim; dims between are zero-filled on the way into shared memory.
 template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
+
+// cuda/sm80/bwd_*.cu: gradients on mma.sync, every feature; tiles as in the forward. `keys` gives
+// dk and dv, and sums dq too if params.dq_sum; `queries` gives dq. Both need `rows` to have run.
+template <DType kDType>
+cudaError_t launch_bwd_rows_sm80(const BackwardParams& params, cudaStream_t stream);
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_keys_sm80(const BackwardParams& params, cudaStream_t stream);
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t stream);
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream);
 
 // cuda/decode/decode.cu: few queries a row over a long cache, keys split over blocks.
 template <int kHeadDim, DType kDType>
