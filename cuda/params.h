@@ -123,10 +123,13 @@ struct AppendParams {
 template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
 
-// cuda/sm80/bwd_*.cu: gradients on mma.sync, every feature; tiles as in the forward. `keys` gives
-// dk and dv, and sums dq too if params.dq_sum; `queries` gives dq. Both need `rows` to have run.
+// cuda/sm80/bwd_*.cu: gradients on mma.sync, every feature; tiles as in the forward. `shared` gives
+// dq, dk and dv, with `stages` buffers of queries; `keys` gives dk and dv, and dq too if
+// params.dq_sum; `queries` gives dq, `bias` dbias. All need `rows` to have run, which gives dsinks.
 template <DType kDType>
 cudaError_t launch_bwd_rows_sm80(const BackwardParams& params, cudaStream_t stream);
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_shared_sm80(const BackwardParams& params, int stages, cudaStream_t stream);
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_keys_sm80(const BackwardParams& params, cudaStream_t stream);
 template <int kHeadDim, DType kDType>

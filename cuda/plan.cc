@@ -37,21 +37,25 @@ cudaError_t with_tile(int tile_dim, Launch launch, std::integer_sequence<int, kD
 
 constexpr std::integer_sequence<int, JAX_FA_HEAD_DIMS> kTiles;
 
-// Whether the kernel that owns keys sums dq too, in a block's `shared_bytes`.
+// Whether dq is summed where dk and dv are made, in a block's `shared_bytes`.
 bool sums_dq(int tile_dim, DType dtype, bool general, int shared_bytes) {
-  if (!bwd_can_sum_dq(tile_dim, dtype)) return false;
-  const BwdTile tile = bwd_keys_tile(tile_dim, dtype, general, KeyGradients::kBothAndDq);
-  return bwd_keys_shared_bytes(tile_dim, tile) <= shared_bytes;
+  if (!bwd_can_sum_dq(dtype)) return false;
+  return !bwd_shares_scores(tile_dim) || bwd_shared_stages(tile_dim, general, shared_bytes) > 0;
 }
 
 template <DType kDType>
-cudaError_t run_backward_of(const BackwardParams& p, cudaStream_t stream) {
+cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t stream) {
   cudaError_t status = launch_bwd_rows_sm80<kDType>(p, stream);
   const auto then = [&](auto launch) {
     if (status != cudaSuccess) return;
     status = with_tile(tile_dim_of(p.fwd.head_dim), launch, kTiles);
   };
-  then([&]<int kDim>() { return launch_bwd_keys_sm80<kDim, kDType>(p, stream); });
+  then([&]<int kDim>() {
+    if constexpr (bwd_shares_scores(kDim) && bwd_can_sum_dq(kDType)) {
+      if (p.dq_sum) return launch_bwd_shared_sm80<kDim, kDType>(p, stages, stream);
+    }
+    return launch_bwd_keys_sm80<kDim, kDType>(p, stream);
+  });
   if (!p.dq_sum) then([&]<int kDim>() { return launch_bwd_queries_sm80<kDim, kDType>(p, stream); });
   if (p.dbias) then([&]<int kDim>() { return launch_bwd_bias_sm80<kDim, kDType>(p, stream); });
   return status;
@@ -109,14 +113,16 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   status = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
   const int tile_dim = tile_dim_of(p.fwd.head_dim);
-  if (!sums_dq(tile_dim, p.fwd.dtype, bwd_general(p.fwd), shared_bytes)) p.dq_sum = nullptr;
+  const bool general = bwd_general(p.fwd);
+  const int stages = bwd_shared_stages(tile_dim, general, shared_bytes);
+  if (!sums_dq(tile_dim, p.fwd.dtype, general, shared_bytes)) p.dq_sum = nullptr;
   switch (p.fwd.dtype) {
     case DType::kBF16:
-      return run_backward_of<DType::kBF16>(p, stream);
+      return run_backward_of<DType::kBF16>(p, stages, stream);
     case DType::kF16:
-      return run_backward_of<DType::kF16>(p, stream);
+      return run_backward_of<DType::kF16>(p, stages, stream);
     default:
-      return run_backward_of<DType::kF32>(p, stream);
+      return run_backward_of<DType::kF32>(p, stages, stream);
   }
 }
 
@@ -127,8 +133,11 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
   const DType dtype = element_bytes == 4 ? DType::kF32 : DType::kBF16;
   const int tile_dim = tile_dim_of(head_dim);
   const bool with_dq = !deterministic && sums_dq(tile_dim, dtype, general, shared_kb << 10);
+  const bool shares = with_dq && bwd_shares_scores(tile_dim);
   const KeyGradients grads = with_dq ? kBothAndDq : bwd_splits_keys(tile_dim) ? kDk : kBoth;
-  const BwdTile tile = bwd_keys_tile(tile_dim, dtype, general, grads);
+  const int stages = bwd_shared_stages(tile_dim, general, shared_kb << 10);
+  const BwdTile tile = shares ? bwd_shared_tile(tile_dim, general, stages)
+                              : bwd_keys_tile(tile_dim, dtype, general, grads);
   BackwardParams p{};
   static const int kPacked = 0;  // packed queries are told from dense ones by a pointer
   p.fwd.q_start = total_q > 0 ? &kPacked : nullptr;
@@ -137,7 +146,9 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
   p.fwd.heads_q = heads_q;
   p.fwd.heads_kv = heads_kv;
   p.fwd.kv.len_kv = p.total_k = len_kv;
-  return {with_dq ? "sm80/bwd_keys" : "sm80/bwd_keys + sm80/bwd_queries",
+  return {shares    ? "sm80/bwd_shared"
+          : with_dq ? "sm80/bwd_keys"
+                    : "sm80/bwd_keys + sm80/bwd_queries",
           tile.n,
           tile.m,
           tile_dim,

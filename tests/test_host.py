@@ -105,8 +105,8 @@ def test_queries_that_see_keys_are_the_interval_of_the_definition():
 
 
 def test_explain_of_a_gradient_names_its_kernels():
-    def kernels(dtype, device, **options):
-        q = jax.ShapeDtypeStruct((1, 64, 2, 64), dtype)
+    def kernels(dtype, device, head_dim=64, **options):
+        q = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
         grad = jax.grad(
             lambda q: jax_fa.flash_attention(q, q, q, **options).astype(jnp.float32).sum()
         )
@@ -115,6 +115,8 @@ def test_explain_of_a_gradient_names_its_kernels():
     both = "sm80/bwd_keys + sm80/bwd_queries"
     assert kernels(jnp.float32, "a100") == ["sm80/fwd", both]
     assert kernels(jnp.bfloat16, "a100") == ["sm80/fwd", "sm80/bwd_keys"]
+    assert kernels(jnp.bfloat16, "a100", 128) == ["sm80/fwd", "sm80/bwd_shared"]
+    assert kernels(jnp.bfloat16, "l40s", 128) == ["sm80/fwd", both]  # too little shared memory
     assert kernels(jnp.bfloat16, "a100", deterministic=True) == ["sm80/fwd", both]
 
 

@@ -32,7 +32,7 @@ struct BwdTraits {
   static constexpr int kWarpM = kBlockM / kWarps;
   static constexpr int kMTiles = kWarpM / 16;
   static constexpr int kStages = kTile.stages;
-  static_assert(kWarpM % 16 == 0 && kBlockN % 16 == 0 && kHeadDim % 32 == 0);
+  static_assert(kBlockN % 16 == 0 && kHeadDim % 32 == 0);
 };
 
 // Where a warp's scores are: rows owned by columns walked, from these on within their batch row.
@@ -127,6 +127,7 @@ __device__ TileMask classify_scores(const IntervalMask& mask, ScorePlace place, 
 // Scores of one warp, then their probabilities and gradients in the same place.
 template <class Traits, class Score>
 struct ScoreGradients {
+  static_assert(Traits::kWarpM % 16 == 0);
   ScoreTile<Traits> p, ds;
   ScoreTile<Traits> slope;  // unused by a score without one
 
@@ -160,9 +161,12 @@ struct ScoreGradients {
 
   __device__ void clear() {
 #pragma unroll
-    for (auto& row : ds) {
+    for (int m = 0; m < Traits::kMTiles; ++m) {
 #pragma unroll
-      for (auto& tile : row) tile[0] = tile[1] = tile[2] = tile[3] = 0.f;
+      for (int n = 0; n < Traits::kBlockN / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) p[m][n][e] = ds[m][n][e] = 0.f;
+      }
     }
   }
 
