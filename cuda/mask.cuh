@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <climits>
+
 namespace jax_fa {
 
 enum class TileMask { kSkip, kPartial, kFull };
@@ -31,7 +33,11 @@ struct IntervalMask {
     return window_right < 0 ? len_kv : least(len_kv, row + diagonal + window_right + 1);
   }
 
-  __host__ __device__ bool sees(int row, int col) const { return col >= lo(row) && col < hi(row); }
+  // Of a row and a column within their lengths, what col - row must be for the row to see it.
+  __host__ __device__ Interval seen_offsets() const {
+    return {window_left < 0 ? INT_MIN : diagonal - window_left,
+            window_right < 0 ? INT_MAX : diagonal + window_right + 1};
+  }
 
   // Rows below len_q that see some column of [col0, col1); they are an interval too.
   __host__ __device__ Interval rows_seeing(int col0, int col1, int len_q) const {

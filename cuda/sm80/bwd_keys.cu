@@ -48,20 +48,22 @@ struct Consumer {
   int warp_row = threadIdx.x / 32 * Traits::kWarpM;  // the warp's first key within the tile
   OutputTile<Traits> dk = {}, dv = {};
 
-  // One tile of queries.
-  __device__ void step(int it) {
+  // One tile of queries. load_next() starts a copy, where a product hides what that takes.
+  template <class LoadNext>
+  __device__ void add(const QueryStep& step, LoadNext load_next) {
     const BlockPlan<Traits>& plan = shared.plan;
-    const int stage = it % Traits::kStages;
+    const int stage = step.stage;
     const uint32_t sQ = ptx::shared_address(shared.q[stage]);
     const uint32_t sDout = ptx::shared_address(shared.dout[stage]);
     const WalkedQueries<Traits> queries{shared.rows[stage]};
-    const ScorePlace place{plan.keys.row0 + warp_row, plan.row0(it)};
+    const ScorePlace place{plan.keys.row0 + warp_row, step.row0};
     const TileMask kind = classify_scores<Traits>(plan.mask, place, plan.len_q);
     ScoreGradients<Traits, Score> s;
 
     if (kind != TileMask::kSkip) {
-      const Score score(params.fwd, plan.b, plan.head(it), plan.len_q, plan.mask);
+      const Score score(params.fwd, plan.b, step.head, plan.len_q, plan.mask);
       gemm_qk<Traits>(s.p, ptx::shared_address(shared.k[warp_row]), sQ);
+      load_next();
       s.apply_softmax(score, plan.mask, plan.len_q, place, kind, queries);
       if constexpr (Traits::kDv) gemm_pv<Traits>(dv, s.p, sDout);
       if constexpr (Traits::kDk) {
@@ -70,6 +72,7 @@ struct Consumer {
         s.apply_slope();
       }
     }
+    if (kind == TileMask::kSkip) load_next();
     if constexpr (Traits::kDq) {
       if (kind == TileMask::kSkip) s.clear();
       store_scores<Traits>(ptx::shared_address(shared.ds), s.ds, warp_row, 0);
@@ -79,9 +82,7 @@ struct Consumer {
     }
     if constexpr (Traits::kDq) {
       __syncthreads();  // all of ds is written; the next tile's wait protects its readers
-      const int64_t tile =
-          plan.head(it) * plan.slots + plan.slot0 + plan.row0(it) / Traits::kBlockN;
-      SumDq<Traits>::add(params.dq_sum + tile * SumDq<Traits>::kTileFloats,
+      SumDq<Traits>::add(params.dq_sum + plan.sum_tile(step) * SumDq<Traits>::kTileFloats,
                          ptx::shared_address(shared.ds), ptx::shared_address(shared.k));
     }
   }
@@ -117,21 +118,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.blocks_per_sm)
   if (keys.rows <= 0) return;
   if (threadIdx.x == 0) make_plan(shared.plan, params.fwd, keys);
   __syncthreads();  // the plan is written
-  const int count = shared.plan.count;
+  const BlockPlan<Traits>& plan = shared.plan;
   const Producer<Traits, SharedStorage<Traits>> producer{params, shared};
   Consumer<Traits, Score> consumer{params, shared};
-  if (count > 0) {
+  QueryStep step = plan.first();
+  if (step.head < plan.head1) {
     producer.load_keys();
-    producer.load_queries(0);
+    producer.load_queries(step);
   }
-  for (int it = 0; it < count; ++it) {
+  for (; step.head < plan.head1; step = plan.next(step)) {
+    const bool more = !plan.is_last(step);
     ptx::cp_async_wait_all();
-    __syncthreads();  // tile `it` has landed, and every warp is done with tile it - 1
-    if (Traits::kStages > 1 && it + 1 < count) producer.load_queries(it + 1);
-    consumer.step(it);
-    if (Traits::kStages == 1 && it + 1 < count) {
+    __syncthreads();  // this tile has landed, and every warp is done with the last one
+    consumer.add(step, [&] {
+      if (Traits::kStages > 1 && more) producer.load_queries(plan.next(step));
+    });
+    if (Traits::kStages == 1 && more) {
       __syncthreads();  // every warp is done with the only buffer
-      producer.load_queries(it + 1);
+      producer.load_queries(plan.next(step));
     }
   }
   __syncthreads();  // every warp is done with K: the epilogue reuses its place

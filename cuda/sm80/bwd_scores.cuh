@@ -143,7 +143,13 @@ struct ScoreGradients {
     }
     score.shift(for_each);
     if (kind == TileMask::kPartial) {
-      for_each([&](float& x, int i, int j) { x = i < len_q && mask.sees(i, j) ? x : -INFINITY; });
+      const Interval seen = mask.seen_offsets();
+      const int len_kv = mask.len_kv;
+      for_each([=](float& x, int i, int j) {
+        const int offset = j - i;
+        const bool visible = (i < len_q) & (j < len_kv) & (offset >= seen.lo) & (offset < seen.hi);
+        x = visible ? x : -INFINITY;
+      });
     }
     const float to_log2 = score.to_log2();
     queries.for_each([&](int m, int n, int e, float lse_log2, float) {

@@ -65,20 +65,24 @@ struct Consumer {
   __device__ int key() const { return warp % Traits::kKeyWarps * 32; }
   __device__ int dim() const { return warp / Traits::kKeyWarps * Traits::kDims; }
 
-  __device__ void make_scores(int it) {
+  // load_next() starts a copy, where the products of the scores hide what that takes.
+  template <class LoadNext>
+  __device__ void make_scores(const QueryStep& step, LoadNext load_next) {
     const BlockPlan<Traits>& plan = shared.plan;
-    const int stage = it % Traits::kStages, row = score_row(), col = score_col();
+    const int stage = step.stage, row = score_row(), col = score_col();
     const uint32_t sQ = ptx::shared_address(shared.q[stage][col]);
     const uint32_t sDout = ptx::shared_address(shared.dout[stage][col]);
     const WalkedQueries<ScoreTraits> queries{shared.rows[stage] + col};
-    const ScorePlace place{plan.keys.row0 + row, plan.row0(it) + col};
+    const ScorePlace place{plan.keys.row0 + row, step.row0 + col};
     const TileMask kind = classify_scores<ScoreTraits>(plan.mask, place, plan.len_q);
     ScoreGradients<ScoreTraits, Score> s;
     if (kind == TileMask::kSkip) {
+      load_next();
       s.clear();
     } else {
-      const Score score(params.fwd, plan.b, plan.head(it), plan.len_q, plan.mask);
+      const Score score(params.fwd, plan.b, step.head, plan.len_q, plan.mask);
       gemm_qk<ScoreTraits>(s.p, ptx::shared_address(shared.k[row]), sQ);
+      load_next();
       s.apply_softmax(score, plan.mask, plan.len_q, place, kind, queries);
       gemm_qk<ScoreTraits>(s.ds, ptx::shared_address(shared.v[row]), sDout);
       s.apply_gradient(queries);
@@ -88,19 +92,18 @@ struct Consumer {
     store_scores<Traits>(ptx::shared_address(shared.ds), s.ds, row, col);
   }
 
-  __device__ void add_products(int it) {
+  __device__ void add_products(const QueryStep& step) {
     using Scores = ScoreLayout<Traits>;
     const BlockPlan<Traits>& plan = shared.plan;
-    const int stage = it % Traits::kStages;
+    const int stage = step.stage;
     const uint32_t sDs = ptx::shared_address(shared.ds);
-    if (plan.is_seen(it, key(), 32)) {
+    if (plan.is_seen(step, key(), 32)) {
       gemm_shared<kDType, kBlockN, false, Scores, Layout>(
           dv, ptx::shared_address(shared.p), key(), ptx::shared_address(shared.dout[stage]), dim());
       gemm_shared<kDType, kBlockN, false, Scores, Layout>(
           dk, sDs, key(), ptx::shared_address(shared.q[stage]), dim());
     }
-    const int64_t tile = plan.head(it) * plan.slots + plan.slot0 + plan.row0(it) / kBlockN;
-    SumDq<Traits>::add(params.dq_sum + tile * SumDq<Traits>::kTileFloats, sDs,
+    SumDq<Traits>::add(params.dq_sum + plan.sum_tile(step) * SumDq<Traits>::kTileFloats, sDs,
                        ptx::shared_address(shared.k));
   }
 
@@ -158,23 +161,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.blocks_per_sm)
   if (keys.rows <= 0) return;
   if (threadIdx.x == 0) make_plan(shared.plan, params.fwd, keys);
   __syncthreads();  // the plan is written
-  const int& count = shared.plan.count;
+  const BlockPlan<Traits>& plan = shared.plan;
   const Producer<Traits, SharedStorage<Traits>> producer{params, shared};
   Consumer<Traits, Score> consumer{params, shared};
-  if (count > 0) {
+  QueryStep step = plan.first();
+  if (step.head < plan.head1) {
     producer.load_keys();
-    producer.load_queries(0);
+    producer.load_queries(step);
   }
-  for (int it = 0; it < count; ++it) {
+  for (; step.head < plan.head1; step = plan.next(step)) {
+    const bool more = !plan.is_last(step);
     ptx::cp_async_wait_all();
-    __syncthreads();  // tile `it` has landed, and every warp is done with tile it - 1
-    if (Traits::kStages > 1 && it + 1 < count) producer.load_queries(it + 1);
-    consumer.make_scores(it);
+    __syncthreads();  // this tile has landed, and every warp is done with the last one
+    consumer.make_scores(step, [&] {
+      if (Traits::kStages > 1 && more) producer.load_queries(plan.next(step));
+    });
     __syncthreads();  // p and ds are written
-    consumer.add_products(it);
-    if (Traits::kStages == 1 && it + 1 < count) {
+    consumer.add_products(step);
+    if (Traits::kStages == 1 && more) {
       __syncthreads();  // every warp is done with the only buffer
-      producer.load_queries(it + 1);
+      producer.load_queries(plan.next(step));
     }
   }
   __syncthreads();  // every warp is done with K: the epilogue reuses its place

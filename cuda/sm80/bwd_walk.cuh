@@ -42,6 +42,11 @@ __device__ KeyTile locate_keys(const BackwardParams& p) {
   return out;
 }
 
+// A tile of queries from row0 on, of one head, and the buffer in which it lies.
+struct QueryStep {
+  int head, row0, stage;
+};
+
 // What the threads of a block share, read where it is used: registers are for the accumulators. The
 // tiles of queries that see some of its keys come head by head of the group.
 template <class Traits>
@@ -50,9 +55,9 @@ struct BlockPlan {
 
   KeyTile keys;
   IntervalMask mask;
-  int b, head0, len_q;
-  int begin, tiles;      // of one head
-  int count;             // of all heads
+  int b, len_q;
+  int head0, head1;      // the group's query heads, none if no query sees a key
+  int begin, end;        // rows of the tiles of one head
   int64_t token0;        // of the row's first query in q
   int64_t stats0;        // the same in params.rows, for head 0
   int64_t slots, slot0;  // tiles of sums of dq of one head, and the row's first
@@ -64,25 +69,37 @@ struct BlockPlan {
         len_q(len_q) {
     const int group = fwd.heads_q / fwd.heads_kv;
     const bool packed = fwd.q_start != nullptr;
-    head0 = keys.head * group;
     token0 = packed ? int64_t(fwd.q_start[b]) : int64_t(b) * fwd.len_q;
     stats0 = b * fwd.lse_row_stride + (packed ? token0 : 0);
     slots = bwd_sum_slots(packed, fwd.batch, fwd.len_q, fwd.total_q, kBlockN);
     slot0 = packed ? token0 / kBlockN + b : b * (slots / fwd.batch);
     const Interval seeing = mask.rows_seeing(keys.row0, keys.row0 + Traits::kBlockM, len_q);
-    begin = seeing.lo / kBlockN;
-    tiles = max((seeing.hi + kBlockN - 1) / kBlockN - begin, 0);
-    count = seeing.lo < seeing.hi ? tiles * group : 0;
+    head0 = keys.head * group;
+    head1 = seeing.lo < seeing.hi ? head0 + group : head0;
+    begin = seeing.lo / kBlockN * kBlockN;
+    end = seeing.hi;
   }
 
-  // Whether a part of tile `it`, keys from `key` on within the block's, has a pair that is seen.
-  __device__ bool is_seen(int it, int key, int keys_count) const {
-    const int query0 = row0(it), query1 = min(query0 + kBlockN, len_q), key0 = keys.row0 + key;
-    return mask.classify(query0, query1, key0, key0 + keys_count) != TileMask::kSkip;
+  __device__ QueryStep first() const { return {head0, begin, 0}; }
+  __device__ QueryStep next(const QueryStep& step) const {
+    const bool same = step.row0 + kBlockN < end;
+    return {same ? step.head : step.head + 1, same ? step.row0 + kBlockN : begin,
+            (step.stage + 1) % Traits::kStages};
+  }
+  __device__ bool is_last(const QueryStep& step) const {
+    return step.head + 1 >= head1 && step.row0 + kBlockN >= end;
   }
 
-  __device__ int head(int it) const { return head0 + it / tiles; }
-  __device__ int row0(int it) const { return (begin + it % tiles) * kBlockN; }
+  // Whether keys from `key` on within the block's are seen by some query of the tile.
+  __device__ bool is_seen(const QueryStep& step, int key, int keys_count) const {
+    const int query1 = min(step.row0 + kBlockN, len_q), key0 = keys.row0 + key;
+    return mask.classify(step.row0, query1, key0, key0 + keys_count) != TileMask::kSkip;
+  }
+
+  // The tile of sums of dq to which a tile of queries belongs.
+  __device__ int64_t sum_tile(const QueryStep& step) const {
+    return step.head * slots + slot0 + step.row0 / kBlockN;
+  }
 };
 
 // Moves the tiles of one block.
@@ -99,11 +116,11 @@ struct Producer {
     if constexpr (Traits::kDk) load(fwd.v, fwd.head_dim_v, shared.v);
   }
 
-  __device__ void load_queries(int it) const {
+  __device__ void load_queries(const QueryStep& step) const {
     constexpr int kBlockN = Traits::kBlockN;
     const AttentionParams& fwd = params.fwd;
     const BlockPlan<Traits>& plan = shared.plan;
-    const int stage = it % Traits::kStages, head = plan.head(it), row0 = plan.row0(it);
+    const auto [head, row0, stage] = step;
     const int rows = plan.len_q - row0;
     const int64_t token = plan.token0 + row0, dout_stride = int64_t(fwd.heads_q) * fwd.head_dim_v;
     const auto* gQ =
