@@ -116,6 +116,7 @@ struct Consumer {
     auto* gDq = static_cast<typename Traits::Element*>(params.dq) +
                 tile.token0 * params.dq_token_stride + tile.head * fwd.q_head_stride;
     scale_output<Traits>(dq, fwd.scale);
+    __syncwarp();  // every lane has read the queries, whose place store_o takes
     store_o<Traits>(TileRows<Traits>{gDq, params.dq_token_stride, tile.rows, fwd.head_dim}, dq,
                     warp_row, ptx::shared_address(shared.q[warp_row]));
   }
