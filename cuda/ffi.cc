@@ -34,6 +34,14 @@ struct VarlenAttrs {
   bool dropout_heads;
 };
 
+struct FwdBwdAttrs : FwdAttrs {
+  bool deterministic;
+};
+
+struct VarlenBwdAttrs : VarlenAttrs {
+  bool deterministic;
+};
+
 struct DecodeAttrs {
   float scale, softcap;
   int32_t window_left, window_right, layer_stride;
@@ -62,6 +70,18 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap), JAX_FA_MEMBER(int32_t, window_left),
     JAX_FA_MEMBER(int32_t, window_right), JAX_FA_MEMBER(bool, top_left),
     JAX_FA_MEMBER(float, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_fa::FwdBwdAttrs, JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap),
+    JAX_FA_MEMBER(int32_t, window_left), JAX_FA_MEMBER(int32_t, window_right),
+    JAX_FA_MEMBER(bool, top_left), JAX_FA_MEMBER(float, dropout_rate),
+    JAX_FA_MEMBER(bool, dropout_heads), JAX_FA_MEMBER(int32_t, layout),
+    JAX_FA_MEMBER(bool, deterministic));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_fa::VarlenBwdAttrs, JAX_FA_MEMBER(int32_t, max_len_q), JAX_FA_MEMBER(int32_t, max_len_kv),
+    JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap), JAX_FA_MEMBER(int32_t, window_left),
+    JAX_FA_MEMBER(int32_t, window_right), JAX_FA_MEMBER(bool, top_left),
+    JAX_FA_MEMBER(float, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads),
+    JAX_FA_MEMBER(bool, deterministic));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::DecodeAttrs, JAX_FA_MEMBER(float, scale),
                                       JAX_FA_MEMBER(float, softcap),
                                       JAX_FA_MEMBER(int32_t, window_left),
@@ -175,13 +195,13 @@ KvIndex cache_index(const In& cache, const In& lengths, const In& rows, const In
 // What every attention call sets: dense queries [batch, len_q, (3,) heads, dim] or packed ones
 // [total_q, heads, dim].
 template <typename Attrs>
-AttentionParams attention(const In& q, const In& v, Out& o, Out& lse, const In& slopes,
+AttentionParams attention(const In& q, const In& v, const In& o, const In& lse, const In& slopes,
                           const In& sinks, bool packed, const Attrs& attrs) {
   const auto dims = q.dimensions();
   AttentionParams p{};
   p.q = q.untyped_data();
-  p.o = o->untyped_data();
-  p.lse = reinterpret_cast<float*>(lse->untyped_data());
+  p.o = o.untyped_data();
+  p.lse = reinterpret_cast<float*>(lse.untyped_data());
   p.heads_q = int(dims[dims.size() - 2]);
   p.head_dim = int(dims.back());
   p.head_dim_v = int(v.dimensions().back());
@@ -219,9 +239,9 @@ ffi::Error to_error(cudaError_t status) {
   return ffi::Error::Internal(std::string("jax_fa: ") + cudaGetErrorString(status));
 }
 
-ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes, In sinks,
-               In bias, In q_lengths, In kv_lengths, In /*seeds*/, Out o, Out lse, Out next_tile,
-               FwdAttrs attrs) {
+AttentionParams dense(const In& q, const In& k, const In& v, const In& k_scale, const In& v_scale,
+                      const In& slopes, const In& sinks, const In& bias, const In& q_lengths,
+                      const In& kv_lengths, const In& o, const In& lse, const FwdAttrs& attrs) {
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/false, attrs);
   const int parts = attrs.layout == kQkvPacked ? 3 : attrs.layout == kKvPacked ? 2 : 1;
   p.batch = int(q.dimensions()[0]);
@@ -234,14 +254,14 @@ ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In
   p.kv.layers = 1;
   p.kv.len_kv = int(k.dimensions()[1]);
   p.top_left = attrs.top_left;
-  p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
   set_bias(p, bias);
-  return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
+  return p;
 }
 
-ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
-                      In sinks, In /*seeds*/, In q_start, In q_length, In k_start, In k_length,
-                      Out o, Out lse, Out next_tile, VarlenAttrs attrs) {
+AttentionParams varlen(const In& q, const In& k, const In& v, const In& k_scale, const In& v_scale,
+                       const In& slopes, const In& sinks, const In& q_start, const In& q_length,
+                       const In& k_start, const In& k_length, const In& o, const In& lse,
+                       const VarlenAttrs& attrs) {
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/true, attrs);
   p.batch = int(q_start.dimensions()[0]);
   p.max_len_q = attrs.max_len_q;
@@ -255,8 +275,81 @@ ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_sc
   p.kv.layers = 1;
   p.kv.len_kv = attrs.max_len_kv;
   p.top_left = attrs.top_left;
+  return p;
+}
+
+ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes, In sinks,
+               In bias, In q_lengths, In kv_lengths, In /*seeds*/, Out o, Out lse, Out next_tile,
+               FwdAttrs attrs) {
+  AttentionParams p =
+      dense(q, k, v, k_scale, v_scale, slopes, sinks, bias, q_lengths, kv_lengths, *o, *lse, attrs);
   p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
   return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
+}
+
+ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
+                      In sinks, In /*seeds*/, In q_start, In q_length, In k_start, In k_length,
+                      Out o, Out lse, Out next_tile, VarlenAttrs attrs) {
+  AttentionParams p = varlen(q, k, v, k_scale, v_scale, slopes, sinks, q_start, q_length, k_start,
+                             k_length, *o, *lse, attrs);
+  p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
+  return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
+}
+
+// What both backward calls set: gradients that lie as their operands do, apart from the batch rows
+// of keys, which are those of the queries.
+BackwardParams gradients(const AttentionParams& fwd, const In& dout, const In& dlse, Out& dq,
+                         Out& dk, Out& dv, Out& dsinks, Out& rows, Out& dq_sum,
+                         bool deterministic) {
+  BackwardParams p{};
+  p.fwd = fwd;
+  p.dout = dout.untyped_data();
+  p.dlse = optional<float>(dlse);
+  p.dq = dq->untyped_data();
+  p.dk = dk->untyped_data();
+  p.dv = dv->untyped_data();
+  p.dq_token_stride = fwd.q_token_stride;
+  p.dkv_token_stride = fwd.k.token_stride;
+  p.dkv_row_stride = fwd.k.row_stride;
+  p.dsinks = const_cast<float*>(optional<float>(*dsinks));
+  p.deterministic = deterministic;
+  p.rows = reinterpret_cast<float2*>(rows->untyped_data());
+  p.dq_sum = const_cast<float*>(optional<float>(*dq_sum));
+  return p;
+}
+
+ffi::Error fwd_bwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
+                   In sinks, In bias, In q_lengths, In kv_lengths, In /*seeds*/, In o, In lse,
+                   In dout, In dlse, Out dq, Out dk, Out dv, Out dsinks, Out dbias, Out rows,
+                   Out dq_sum, FwdBwdAttrs attrs) {
+  const AttentionParams fwd =
+      dense(q, k, v, k_scale, v_scale, slopes, sinks, bias, q_lengths, kv_lengths, o, lse, attrs);
+  BackwardParams p =
+      gradients(fwd, dout, dlse, dq, dk, dv, dsinks, rows, dq_sum, attrs.deterministic);
+  // Those that share a buffer follow one another in each of its tokens; only the first is a result.
+  const int64_t part = int64_t(fwd.heads_kv) * fwd.head_dim * element_bytes(q);
+  if (attrs.layout == kQkvPacked) p.dk = static_cast<char*>(p.dq) + part;
+  if (attrs.layout != kSeparate) p.dv = static_cast<char*>(p.dk) + part;
+  if (!absent(bias)) {
+    const auto dims = bias.dimensions();
+    p.dbias = dbias->untyped_data();
+    p.dbias_heads = int(dims[1]);
+    p.dbias_queries = int(dims[2]);
+    p.dbias_keys = int(dims[3]);
+  }
+  return to_error(run_backward(p, stream));
+}
+
+ffi::Error varlen_bwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
+                      In sinks, In /*seeds*/, In q_start, In q_length, In k_start, In k_length,
+                      In o, In lse, In dout, In dlse, Out dq, Out dk, Out dv, Out dsinks, Out rows,
+                      Out dq_sum, VarlenBwdAttrs attrs) {
+  const AttentionParams fwd = varlen(q, k, v, k_scale, v_scale, slopes, sinks, q_start, q_length,
+                                     k_start, k_length, o, lse, attrs);
+  BackwardParams p =
+      gradients(fwd, dout, dlse, dq, dk, dv, dsinks, rows, dq_sum, attrs.deterministic);
+  p.total_k = int(k.dimensions()[0]);
+  return to_error(run_backward(p, stream));
 }
 
 template <typename Attrs>
@@ -274,7 +367,7 @@ void set_cache(AttentionParams& p, const In& k, const In& v, const In& k_scale, 
 ffi::Error decode(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
                   In sinks, In kv_lengths, In rows, In page_table, In layer, Out o, Out lse,
                   Out split_o, Out split_lse, DecodeAttrs attrs) {
-  AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/false, attrs);
+  AttentionParams p = attention(q, v, *o, *lse, slopes, sinks, /*packed=*/false, attrs);
   set_cache(p, k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, attrs);
   const auto split_dims = split_lse->dimensions();
   const SplitScratch scratch{
@@ -288,7 +381,7 @@ ffi::Error decode(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale,
 ffi::Error hybrid(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
                   In sinks, In q_start, In q_length, In kv_lengths, In rows, In page_table,
                   In layer, Out o, Out lse, Out next_tile, HybridAttrs attrs) {
-  AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/true, attrs);
+  AttentionParams p = attention(q, v, *o, *lse, slopes, sinks, /*packed=*/true, attrs);
   set_cache(p, k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, attrs);
   p.q_start = optional<int>(q_start);
   p.q_length = optional<int>(q_length);
@@ -377,6 +470,46 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_varlen_fwd, varlen_fwd,
                                   .Attrs<VarlenAttrs>(),
                               kTraits);
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd_bwd, fwd_bwd,
+                              attention_operands()
+                                  .Arg<In>()  // bias
+                                  .Arg<In>()  // q_lengths
+                                  .Arg<In>()  // kv_lengths
+                                  .Arg<In>()  // seeds
+                                  .Arg<In>()  // o
+                                  .Arg<In>()  // lse
+                                  .Arg<In>()  // dout
+                                  .Arg<In>()  // dlse
+                                  .Ret<In>()  // dq
+                                  .Ret<In>()  // dk
+                                  .Ret<In>()  // dv
+                                  .Ret<In>()  // dsinks
+                                  .Ret<In>()  // dbias
+                                  .Ret<In>()  // rows
+                                  .Ret<In>()  // dq_sum
+                                  .Attrs<FwdBwdAttrs>(),
+                              kTraits);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_varlen_bwd, varlen_bwd,
+                              attention_operands()
+                                  .Arg<In>()  // seeds
+                                  .Arg<In>()  // q_start
+                                  .Arg<In>()  // q_length
+                                  .Arg<In>()  // k_start
+                                  .Arg<In>()  // k_length
+                                  .Arg<In>()  // o
+                                  .Arg<In>()  // lse
+                                  .Arg<In>()  // dout
+                                  .Arg<In>()  // dlse
+                                  .Ret<In>()  // dq
+                                  .Ret<In>()  // dk
+                                  .Ret<In>()  // dv
+                                  .Ret<In>()  // dsinks
+                                  .Ret<In>()  // rows
+                                  .Ret<In>()  // dq_sum
+                                  .Attrs<VarlenBwdAttrs>(),
+                              kTraits);
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_decode, decode,
                               attention_operands()
                                   .Arg<In>()  // kv_lengths
@@ -427,6 +560,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_append, append,
                                   .Attrs<AppendAttrs>(),
                               kTraits);
 
+nb::dict to_dict(const Plan& plan) {
+  nb::dict out;
+  out["kernel"] = plan.kernel;
+  out["tile"] = nb::make_tuple(plan.tile_q, plan.tile_kv, plan.tile_dim);
+  out["warps"] = plan.warps;
+  out["splits"] = plan.splits;
+  out["blocks"] = plan.blocks;
+  return out;
+}
+
 }  // namespace
 }  // namespace jax_fa
 
@@ -440,6 +583,8 @@ NB_MODULE(_jax_fa, m) {
     };
     add("jax_fa_fwd", jax_fa_fwd);
     add("jax_fa_varlen_fwd", jax_fa_varlen_fwd);
+    add("jax_fa_fwd_bwd", jax_fa_fwd_bwd);
+    add("jax_fa_varlen_bwd", jax_fa_varlen_bwd);
     add("jax_fa_decode", jax_fa_decode);
     add("jax_fa_hybrid", jax_fa_hybrid);
     add("jax_fa_append", jax_fa_append);
@@ -448,6 +593,10 @@ NB_MODULE(_jax_fa, m) {
   m.def("decode_splits", &splits_of_decode, nb::arg("batch"), nb::arg("len_q"), nb::arg("heads_q"),
         nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("max_len_kv"));
   m.def("runs_hopper", &runs_hopper, nb::arg("capability"));
+  // Floats of scratch in which a backward call sums dq.
+  m.def("dq_sum_size", &dq_sum_size, nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
+        nb::arg("heads_q"), nb::arg("head_dim"), nb::arg("element_bytes"),
+        nb::arg("deterministic"));
   // What kernels compute on the device, for tests on the host.
   m.def(
       "visible_keys",
@@ -456,6 +605,16 @@ NB_MODULE(_jax_fa, m) {
         return nb::make_tuple(mask.lo(query), mask.hi(query));
       },
       nb::arg("query"), nb::arg("len_q"), nb::arg("len_kv"), nb::arg("window_left"),
+      nb::arg("window_right"), nb::arg("top_left"));
+  m.def(
+      "seeing_queries",
+      [](int key0, int key1, int len_q, int len_kv, int window_left, int window_right,
+         bool top_left) {
+        const IntervalMask mask(len_q, len_kv, window_left, window_right, top_left);
+        const Interval seeing = mask.rows_seeing(key0, key1, len_q);
+        return nb::make_tuple(seeing.lo, seeing.hi);
+      },
+      nb::arg("key0"), nb::arg("key1"), nb::arg("len_q"), nb::arg("len_kv"), nb::arg("window_left"),
       nb::arg("window_right"), nb::arg("top_left"));
   m.def(
       "classify_tile",
@@ -472,19 +631,22 @@ NB_MODULE(_jax_fa, m) {
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
          int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes, bool general,
          bool bias, bool masked, int page_size, int capability, int sms) {
-        const Plan plan =
-            plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv, head_dim,
-                    element_bytes, kv_bytes, {general, bias, masked, page_size, capability, sms});
-        nb::dict out;
-        out["kernel"] = plan.kernel;
-        out["tile"] = nb::make_tuple(plan.tile_q, plan.tile_kv, plan.tile_dim);
-        out["warps"] = plan.warps;
-        out["splits"] = plan.splits;
-        out["blocks"] = plan.blocks;
-        return out;
+        return to_dict(plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv,
+                               head_dim, element_bytes, kv_bytes,
+                               {general, bias, masked, page_size, capability, sms}));
       },
       nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
       nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
       nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"), nb::arg("bias"),
       nb::arg("masked"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"));
+  m.def(
+      "plan_backward",
+      [](int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv, int head_dim,
+         int element_bytes, bool general, bool deterministic, int shared_kb) {
+        return to_dict(plan_of_backward(batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim,
+                                        element_bytes, general, deterministic, shared_kb));
+      },
+      nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"), nb::arg("len_kv"),
+      nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("element_bytes"),
+      nb::arg("general"), nb::arg("deterministic"), nb::arg("shared_kb"));
 }

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <climits>
+
 namespace jax_fa {
 
 enum class TileMask { kSkip, kPartial, kFull };
@@ -29,6 +31,20 @@ struct IntervalMask {
   }
   __host__ __device__ int hi(int row) const {
     return window_right < 0 ? len_kv : least(len_kv, row + diagonal + window_right + 1);
+  }
+
+  // Of a row and a column within their lengths, what col - row must be for the row to see it.
+  __host__ __device__ Interval seen_offsets() const {
+    return {window_left < 0 ? INT_MIN : diagonal - window_left,
+            window_right < 0 ? INT_MAX : diagonal + window_right + 1};
+  }
+
+  // Rows below len_q that see some column of [col0, col1); they are an interval too.
+  __host__ __device__ Interval rows_seeing(int col0, int col1, int len_q) const {
+    const int last = least(col1, len_kv) - 1;
+    if (last < col0) return {0, 0};
+    return {window_right < 0 ? 0 : most(0, col0 - diagonal - window_right),
+            window_left < 0 ? len_q : least(len_q, last - diagonal + window_left + 1)};
   }
 
   // lo and hi never decrease with row, so the first and last row of [row0, row1) decide for all.

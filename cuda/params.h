@@ -78,6 +78,26 @@ struct SplitScratch {
 
 constexpr SplitScratch kNoSplits{1, nullptr, nullptr};
 
+// The gradients of one attention call whose o and lse are known; o and dout are [total_q, heads_q,
+// head_dim], contiguous, dlse lies as lse. dq has the strides below and as many tokens as q; dk and
+// dv have those of keys and one row for each batch row of the queries (packed keys: one in all).
+struct BackwardParams {
+  AttentionParams fwd;
+  const void* dout;
+  const float* dlse;
+  void *dq, *dk, *dv;
+  int64_t dq_token_stride, dkv_row_stride, dkv_token_stride;
+  int total_k;    // packed keys: tokens of the array
+  float* dsinks;  // [batch, heads_q] or null
+  void* dbias;    // [batch, then as bias], contiguous, of bias's dtype, or null
+  int dbias_heads, dbias_queries, dbias_keys;  // sizes of bias, each maybe 1
+  bool deterministic;
+  // Scratch: per query {lse in log2 units, +inf where the query sees nothing; rowsum(dout o) -
+  // dlse}, lying as lse, and where dq is summed (see sm80/bwd_tiles.h), null if it is not.
+  float2* rows;
+  float* dq_sum;
+};
+
 // Appends new keys and values to a cache in place (the outputs alias the cache operands).
 struct AppendParams {
   const void *k_new, *v_new;  // [total_new, heads_kv, dim], contiguous, of `dtype`
@@ -108,6 +128,20 @@ cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
 // cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h).
 template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm90(const AttentionParams& params, cudaStream_t stream);
+
+// cuda/sm80/bwd_*.cu: gradients on mma.sync, every feature; tiles as in the forward. `shared` gives
+// dq, dk and dv, with `stages` buffers of queries; `keys` gives dk and dv, and dq too if
+// params.dq_sum; `queries` gives dq, `bias` dbias. All need `rows` to have run, which gives dsinks.
+template <DType kDType>
+cudaError_t launch_bwd_rows_sm80(const BackwardParams& params, cudaStream_t stream);
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_shared_sm80(const BackwardParams& params, int stages, cudaStream_t stream);
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_keys_sm80(const BackwardParams& params, cudaStream_t stream);
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t stream);
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream);
 
 // cuda/decode/decode.cu: few queries a row over a long cache, keys split over blocks.
 template <int kHeadDim, DType kDType>

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "decode/splits.h"
+#include "sm80/bwd_tiles.h"
 #include "sm80/tiles.h"
 #include "sm90/tiles.h"
 
@@ -63,6 +64,30 @@ bool runs_hopper_kernel(const AttentionParams& p, int tile_dim, int capability) 
   return runs_hopper(capability) && fwd_sm90_covers(p, tile_dim);
 }
 
+// Whether dq is summed where dk and dv are made, in a block's `shared_bytes`.
+bool sums_dq(int tile_dim, DType dtype, bool general, int shared_bytes) {
+  if (!bwd_can_sum_dq(dtype)) return false;
+  return !bwd_shares_scores(tile_dim) || bwd_shared_stages(tile_dim, general, shared_bytes) > 0;
+}
+
+template <DType kDType>
+cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t stream) {
+  cudaError_t status = launch_bwd_rows_sm80<kDType>(p, stream);
+  const auto then = [&](auto launch) {
+    if (status != cudaSuccess) return;
+    status = with_tile(tile_dim_of(p.fwd.head_dim), launch, kTiles);
+  };
+  then([&]<int kDim>() {
+    if constexpr (bwd_shares_scores(kDim) && bwd_can_sum_dq(kDType)) {
+      if (p.dq_sum) return launch_bwd_shared_sm80<kDim, kDType>(p, stages, stream);
+    }
+    return launch_bwd_keys_sm80<kDim, kDType>(p, stream);
+  });
+  if (!p.dq_sum) then([&]<int kDim>() { return launch_bwd_queries_sm80<kDim, kDType>(p, stream); });
+  if (p.dbias) then([&]<int kDim>() { return launch_bwd_bias_sm80<kDim, kDType>(p, stream); });
+  return status;
+}
+
 }  // namespace
 
 // Hopper's machine code runs on 9.0 alone.
@@ -111,6 +136,66 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
         }
       },
       kTiles);
+}
+
+int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int element_bytes,
+                    bool deterministic) {
+  const DType dtype = element_bytes == 4 ? DType::kF32 : DType::kBF16;
+  if (deterministic) return 0;
+  const bool packed = total_q > 0;
+  return bwd_dq_sum_size(packed, batch, len_q, total_q, heads_q, tile_dim_of(head_dim), dtype);
+}
+
+cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
+  BackwardParams p = params;
+  int device = 0, shared_bytes = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  const int tile_dim = tile_dim_of(p.fwd.head_dim);
+  const bool general = bwd_general(p.fwd);
+  const int stages = bwd_shared_stages(tile_dim, general, shared_bytes);
+  if (!sums_dq(tile_dim, p.fwd.dtype, general, shared_bytes)) p.dq_sum = nullptr;
+  switch (p.fwd.dtype) {
+    case DType::kBF16:
+      return run_backward_of<DType::kBF16>(p, stages, stream);
+    case DType::kF16:
+      return run_backward_of<DType::kF16>(p, stages, stream);
+    default:
+      return run_backward_of<DType::kF32>(p, stages, stream);
+  }
+}
+
+Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv,
+                      int head_dim, int element_bytes, bool general, bool deterministic,
+                      int shared_kb) {
+  using enum KeyGradients;
+  const DType dtype = element_bytes == 4 ? DType::kF32 : DType::kBF16;
+  const int tile_dim = tile_dim_of(head_dim);
+  const bool with_dq = !deterministic && sums_dq(tile_dim, dtype, general, shared_kb << 10);
+  const bool shares = with_dq && bwd_shares_scores(tile_dim);
+  const KeyGradients grads = with_dq ? kBothAndDq : bwd_splits_keys(tile_dim) ? kDk : kBoth;
+  const int stages = bwd_shared_stages(tile_dim, general, shared_kb << 10);
+  const BwdTile tile = shares ? bwd_shared_tile(tile_dim, general, stages)
+                              : bwd_keys_tile(tile_dim, dtype, general, grads);
+  BackwardParams p{};
+  static const int kPacked = 0;  // packed queries are told from dense ones by a pointer
+  p.fwd.q_start = total_q > 0 ? &kPacked : nullptr;
+  p.fwd.batch = batch;
+  p.fwd.len_q = len_q;
+  p.fwd.heads_q = heads_q;
+  p.fwd.heads_kv = heads_kv;
+  p.fwd.kv.len_kv = p.total_k = len_kv;
+  return {shares    ? "sm80/bwd_shared"
+          : with_dq ? "sm80/bwd_keys"
+                    : "sm80/bwd_keys + sm80/bwd_queries",
+          tile.n,
+          tile.m,
+          tile_dim,
+          tile.warps,
+          1,
+          bwd_keys_blocks(p, tile.m)};
 }
 
 Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,

@@ -37,6 +37,19 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
 // Whether kernels of cuda/sm90/ run on devices of that capability (10 * major + minor).
 bool runs_hopper(int capability);
 
+// Floats of scratch in which the backward kernels sum dq; 0 where they do not. total_q counts
+// packed queries and is 0 for dense ones.
+int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int element_bytes,
+                    bool deterministic);
+
+// The plan of a backward call on a GPU whose blocks have that much shared memory: the kernel that
+// owns keys. Packed queries have len_kv keys in all.
+Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv,
+                      int head_dim, int element_bytes, bool general, bool deterministic,
+                      int shared_kb);
+
+cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream);
+
 cudaError_t run_attention(Operation operation, const AttentionParams& params,
                           const SplitScratch& scratch, cudaStream_t stream);
 

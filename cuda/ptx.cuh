@@ -161,6 +161,18 @@ __device__ __forceinline__ void wait_for_previous_grid() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// Adds to global memory without waiting for it; the order of several such additions is open.
+__device__ __forceinline__ void red_add(float* address, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory");
+}
+
+// The same for 16 aligned bytes. sm_90 and later.
+__device__ __forceinline__ void red_add_v4(float* address, const float (&x)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+
 __device__ __forceinline__ void load_shared_v4(uint32_t (&x)[4], uint32_t address) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])

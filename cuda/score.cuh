@@ -2,6 +2,9 @@
 // whole tile at a time, and its derivative. A tile is given as a function for_each that calls
 // f(float& x, Place i, Place j) for every element x of query i and key j (within their batch row).
 //
+// apply() is cap(), which alone depends on more than a sum with q.k and whose derivative slope()
+// gives from the value it left, and then shift().
+//
 // A score leaves the tile in a domain of its own: the logit in log2 units is to_log2() * x, a
 // factor that the softmax folds into the argument of exp2.
 #pragma once
@@ -38,8 +41,14 @@ struct ScaledScore {
   __device__ ScaledScore(const AttentionParams& params, int, int, int, const IntervalMask&)
       : scale(params.scale) {}
 
+  static constexpr bool kHasSlope = false;
+
   template <class ForEach>
   __device__ void apply(ForEach) const {}
+  template <class ForEach>
+  __device__ void cap(ForEach) const {}
+  template <class ForEach>
+  __device__ void shift(ForEach) const {}
   __device__ float to_log2() const { return scale * kLog2e; }
 };
 
@@ -58,23 +67,40 @@ struct Softcap {
 
 // Everything at run time: softcap(scale * q.k) - slope * |i + diagonal - j| + bias[i, j].
 template <bool kBias>
-struct GeneralScore {
+struct AnyScore {
   const AttentionParams& params;
   int b, head, len_q;
   const IntervalMask& mask;
 
-  __device__ GeneralScore(const AttentionParams& params, int b, int head, int len_q,
-                          const IntervalMask& mask)
+  __device__ AnyScore(const AttentionParams& params, int b, int head, int len_q,
+                      const IntervalMask& mask)
       : params(params), b(b), head(head), len_q(len_q), mask(mask) {}
+
+  static constexpr bool kHasSlope = true;
 
   template <class ForEach>
   __device__ void apply(ForEach for_each) const {
+    cap(for_each);
+    shift(for_each);
+  }
+
+  template <class ForEach>
+  __device__ void cap(ForEach for_each) const {
     const float scale = params.scale;
     for_each([=](float& x, Place, Place) { x *= scale; });
     if (params.softcap > 0.f) {
       const Softcap softcap{params.softcap};
       for_each([=](float& x, Place, Place) { x = softcap(x); });
     }
+  }
+
+  // d(score) / d(scale * q.k) of an element that cap() has left.
+  __device__ float slope(float capped) const {
+    return params.softcap > 0.f ? Softcap{params.softcap}.grad(capped) : 1.f;
+  }
+
+  template <class ForEach>
+  __device__ void shift(ForEach for_each) const {
     if (params.alibi_slopes) {
       const float slope = params.alibi_slopes[int64_t(b) * params.heads_q + head];
       const int diagonal = mask.diagonal;
@@ -100,5 +126,8 @@ struct GeneralScore {
     });
   }
 };
+
+using GeneralScore = AnyScore<true>;
+using UnbiasedScore = AnyScore<false>;
 
 }  // namespace jax_fa

@@ -64,7 +64,9 @@ def flash_attention(
       dropout_rng: A JAX random key, needed if dropout_rate > 0.
       broadcast_dropout: Whether all rows and heads drop the same probabilities.
       return_lse: Whether to return lse too.
-      deterministic: Whether gradients must be the same bits in every run.
+      deterministic: Whether gradients must be the same bits in every run. Else, for 16-bit inputs
+        on CUDA, dq is summed in float32 in an order that changes; dk, dv and those of sinks and
+        bias have one order in any case.
       implementation: None (the CUDA kernel on CUDA, the reference elsewhere), "cuda", "reference".
 
     Returns:

@@ -7,15 +7,16 @@ import jax
 import numpy as np
 
 from . import _jax_fa, _layout, _limits
-from ._lowering import decode_shape
-from ._primitives import OPERATIONS, REFERENCE_ONLY
+from ._lowering import BACKWARD, decode_shape
+from ._primitives import OPERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
     """Peak rates: TFLOP/s of 16-bit and TF32 matrix products with float32 sums, and GB/s read.
 
-    capability: 10 * major + minor. sms: multiprocessors.
+    capability: 10 * major + minor. sms: multiprocessors. shared_kb: KiB of shared memory that a
+    block can have.
     """
 
     name: str
@@ -24,16 +25,17 @@ class Device:
     gb_per_s: float
     capability: int
     sms: int
+    shared_kb: int
 
 
 # H200: measured (bf16 8192^3 product on random data, read-only stream). Others: data sheets.
 DEVICES = {
     device.name: device
     for device in [
-        Device("h200", 780, 390, 4560, 90, 132),
-        Device("h100", 989, 494, 3350, 90, 132),
-        Device("a100", 312, 156, 2039, 80, 108),
-        Device("l40s", 181, 90, 864, 89, 142),
+        Device("h200", 780, 390, 4560, 90, 132, 227),
+        Device("h100", 989, 494, 3350, 90, 132, 227),
+        Device("a100", 312, 156, 2039, 80, 108, 163),
+        Device("l40s", 181, 90, 864, 89, 142, 99),
     ]
 }
 
@@ -52,7 +54,8 @@ class Call:
     Attributes:
       primitive: Its name in the jaxpr and the HLO.
       count: How often it runs: the trip counts of the scans around it.
-      kernel: The kernel, or "reference" for what runs through XLA.
+      kernel: The kernel (of a gradient those of the matrix products, and the tile is the first
+        one's), or "reference" for what runs through XLA.
       reason: Why it is the reference or has no kernel; else empty.
       tile: Queries (decode: heads times tokens), keys and dims of a tile; None without a kernel.
       warps: Warps of a block.
@@ -148,6 +151,8 @@ def _explain(eqn, count, peak):
     plan = {"kernel": "append", "tile": None, "warps": 0, "splits": 1, "blocks": 0}
     if reason:
         plan["kernel"] = "none" if reason.startswith("no kernel") else "reference"
+    elif name in BACKWARD:
+        plan = _jax_fa.plan_backward(**_backward_shape(name, x, static), shared_kb=peak.shared_kb)
     elif name in _OPERATION:
         shape = _plan_shape(name, x, static)
         plan = _jax_fa.plan(_OPERATION[name], **shape, capability=peak.capability, sms=peak.sms)
@@ -166,9 +171,9 @@ def _why_reference(name, x, static, implementation, peak):
         return "implementation='reference'"
     if peak is None:
         return "not a known NVIDIA GPU"
-    if name in REFERENCE_ONLY:
-        return "gradients run through XLA, recomputed from lse in chunks"
     reason = _limits.no_kernel(name, x, static)
+    if reason and name in BACKWARD:
+        return f"through XLA, recomputed from lse in chunks: {reason}"
     return f"no kernel: {reason}" if reason else ""
 
 
@@ -199,6 +204,23 @@ def _plan_shape(name, x, static):
     batch = x["q_start"].shape[0]
     longest = static["max_len_kv"] if name == "jax_fa_varlen_fwd" else _cache_length(x)
     return shape | {"batch": batch, "len_q": q[0], "total_q": q[0], "max_len_kv": longest}
+
+
+def _backward_shape(name, x, static):
+    q, k, _ = _views(name, x, static)
+    packed = "q_start" in x
+    return {
+        "batch": x["q_start"].shape[0] if packed else q[0],
+        "len_q": q[0] if packed else q[1],
+        "total_q": q[0] if packed else 0,
+        "len_kv": k[0] if packed else k[1],
+        "heads_q": q[-2],
+        "heads_kv": k[-2],
+        "head_dim": q[-1],
+        "element_bytes": x["q"].dtype.itemsize,
+        "general": _is_general(x, static),
+        "deterministic": static["deterministic"],
+    }
 
 
 def _is_general(x, static):
@@ -234,7 +256,7 @@ def _operand_bytes(name, x):
 def _flops(name, x, static):
     """4 FLOPs (10 backward) for each element of a head and visible pair."""
     q, k, v = _views(name, x, static)
-    per_pair = (q[-1] + v[-1]) * 2 * (2.5 if name in REFERENCE_ONLY else 1)
+    per_pair = (q[-1] + v[-1]) * 2 * (2.5 if name in BACKWARD else 1)
     if "q_start" not in x:
         len_kv = k[1] if "layer" not in x else _cache_length(x)
         return per_pair * q[0] * q[-2] * _visible(q[1], len_kv, static)

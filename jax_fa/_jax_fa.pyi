@@ -4,6 +4,15 @@ def handlers() -> dict[str, object]: ...
 def decode_splits(
     batch: int, len_q: int, heads_q: int, heads_kv: int, head_dim: int, max_len_kv: int
 ) -> int: ...
+def dq_sum_size(
+    batch: int,
+    len_q: int,
+    total_q: int,
+    heads_q: int,
+    head_dim: int,
+    element_bytes: int,
+    deterministic: bool,
+) -> int: ...
 def visible_keys(
     query: int, len_q: int, len_kv: int, window_left: int, window_right: int, top_left: bool
 ) -> tuple[int, int]: ...
@@ -17,6 +26,15 @@ def classify_tile(
     window_left: int,
     window_right: int,
 ) -> str: ...
+def seeing_queries(
+    key0: int,
+    key1: int,
+    len_q: int,
+    len_kv: int,
+    window_left: int,
+    window_right: int,
+    top_left: bool,
+) -> tuple[int, int]: ...
 def plan(
     operation: str,
     *,
@@ -30,4 +48,18 @@ def plan(
     element_bytes: int,
     kv_bytes: int,
     general: bool,
+) -> dict[str, object]: ...
+def plan_backward(
+    *,
+    batch: int,
+    len_q: int,
+    total_q: int,
+    len_kv: int,
+    heads_q: int,
+    heads_kv: int,
+    head_dim: int,
+    element_bytes: int,
+    general: bool,
+    deterministic: bool,
+    shared_kb: int,
 ) -> dict[str, object]: ...

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 SEPARATE, KV_PACKED, QKV_PACKED = "separate", "kvpacked", "qkvpacked"
+BUFFERS = {SEPARATE: 3, KV_PACKED: 2, QKV_PACKED: 1}
 
 
 def split(layout, q, k, v):

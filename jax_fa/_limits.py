@@ -24,6 +24,13 @@ def no_kernel(name, operands, static):
         return f"head dim {dim_v} of v; kernels take that of k, {dim}"
     if q.dtype == np.float32 and not k.dtype == v.dtype == q.dtype:
         return f"float32 queries with {k.dtype.name} keys; kernels take float16 or bfloat16 ones"
+    if name.endswith("_bwd"):
+        for key, x in (("k", k), ("v", v)):
+            if x.dtype != q.dtype:
+                return f"{key} is {x.dtype.name}; gradients by kernels take q's, {q.dtype.name}"
+    bias = operands.get("bias", q)
+    if bias.dtype.name not in _KERNEL_FLOATS:
+        return f"bias is {bias.dtype.name}; kernels take {', '.join(_KERNEL_FLOATS)}"
     if static.get("dropout_rate"):
         return f"dropout_rate={static['dropout_rate']}; kernels have no dropout"
     return _no_scale_kernel(name, operands) or _no_grid(name, operands)

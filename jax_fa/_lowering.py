@@ -1,11 +1,15 @@
 """How primitives lower: the FFI call on CUDA, the reference elsewhere."""
 
+import math
+
 import jax
 import numpy as np
 from jax.interpreters import mlir
 
 from . import _jax_fa, _layout, _limits
 
+# Those that no kernel covers run through the reference on CUDA too; of others that is an error.
+BACKWARD = ("jax_fa_fwd_bwd", "jax_fa_varlen_bwd")
 _LAYOUTS = (_layout.SEPARATE, _layout.KV_PACKED, _layout.QKV_PACKED)
 
 
@@ -22,7 +26,7 @@ def reference_rule(name, reference, has_kernel):
 
 
 def cuda_rule(op, reference):
-    """Lowers to the FFI call, or says why there is no kernel."""
+    """Lowers to the FFI call, or says why there is no kernel; of gradients to the reference."""
     generic = mlir.lower_fun(reference, multiple_results=True)
 
     def call(*args, **static):
@@ -35,6 +39,8 @@ def cuda_rule(op, reference):
         if implementation == "reference" or _is_empty(operands):
             return generic(ctx, *args, **static)
         reason = _limits.no_kernel(op.name, operands, static)
+        if reason and op.name in BACKWARD:
+            return generic(ctx, *args, **static)
         if reason:
             raise NotImplementedError(f"{op.name} has no CUDA kernel for this call: {reason}")
         return kernel(ctx, *args, **static)
@@ -55,13 +61,21 @@ def _ffi_call(op, args, static):
     operands = dict(zip(op.operands, args))
     avals = op.abstract_eval({name: jax.typeof(x) for name, x in operands.items()}, static)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
-    count = len(results)
+    wanted = list(range(len(results)))
     if op.name == "jax_fa_decode":
         results += _decode_scratch(operands)
     elif op.name in ("jax_fa_fwd", "jax_fa_varlen_fwd", "jax_fa_hybrid"):
         results.append(jax.ShapeDtypeStruct((1,), np.int32))  # of prefill: tiles that were taken
+    if op.name in BACKWARD:
+        # dq, dk and dv, of which those in the buffer of another are absent, then the others
+        buffers = _layout.BUFFERS[static.get("layout", _layout.SEPARATE)]
+        absent = [jax.ShapeDtypeStruct((0,), np.float32)] * (3 - buffers)
+        wanted[buffers:] = [i + len(absent) for i in wanted[buffers:]]
+        results[buffers:buffers] = absent
+        results += _backward_scratch(operands, static)
     call = jax.ffi.ffi_call(op.name, results, input_output_aliases=op.aliases)
-    return call(*args, **_attributes(static))[:count]
+    outs = call(*args, **_attributes(static))
+    return [outs[i] for i in wanted]
 
 
 def _decode_scratch(operands):
@@ -71,6 +85,23 @@ def _decode_scratch(operands):
     rows = (splits, q.shape[0] * q.shape[1], q.shape[2]) if splits > 1 else (0,)
     o = (*rows, v.shape[-1]) if splits > 1 else (0,)
     return [jax.ShapeDtypeStruct(shape, np.float32) for shape in (o, rows)]
+
+
+def _backward_scratch(operands, static):
+    """Two floats for each query and head, and a float32 dq where that is summed."""
+    q, lse = operands["q"], operands["lse"]
+    packed = "q_start" in operands
+    size = _jax_fa.dq_sum_size(
+        batch=operands["q_start"].shape[0] if packed else q.shape[0],
+        len_q=q.shape[0 if packed else 1],
+        total_q=q.shape[0] if packed else 0,
+        heads_q=q.shape[-2],
+        head_dim=q.shape[-1],
+        element_bytes=q.dtype.itemsize,
+        deterministic=static["deterministic"],
+    )
+    shapes = (math.prod(lse.shape), 2), (size,)
+    return [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
 
 
 def decode_shape(operands):

@@ -2,7 +2,7 @@
 
 A primitive carries the name of its FFI handler in cuda/ffi.cc, which is what the jaxpr and the HLO
 print. Elsewhere than on CUDA, and for the names in REFERENCE_ONLY everywhere, it lowers to the
-function of that name in `_reference`.
+function of that name in `_reference`; so do gradients that no kernel covers.
 
 Operands, each with the way it behaves under vmap (`Kind`):
 
@@ -38,7 +38,7 @@ from . import _batching, _jax_fa, _layout, _lowering, _reference
 from ._batching import Kind, Operation
 
 # Primitives without a handler: they lower to the reference on every platform.
-REFERENCE_ONLY = frozenset({"jax_fa_fwd_bwd", "jax_fa_varlen_bwd"})
+REFERENCE_ONLY = frozenset()
 
 
 _Q_PACKED = {"q_start": Kind.Q_START, "q_length": Kind.ROW}

@@ -89,12 +89,49 @@ def test_explain_names_kernels_and_counts_work():
     assert call.roofline_us == pytest.approx(max(call.flops / 780e6, call.bytes / 4560e3))
 
 
-def test_explain_of_a_gradient_names_xla():
-    q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float32)
-    grad = jax.grad(lambda q: jax_fa.flash_attention(q, q, q).sum())
-    calls = jax_fa.explain(grad, q, device="a100")
+def test_queries_that_see_keys_are_the_interval_of_the_definition():
+    rng = np.random.default_rng(3)
+    for _ in range(1000):
+        len_q, len_kv, left, right = _random_mask(rng)
+        top_left = bool(rng.integers(2))
+        key0 = int(rng.integers(len_kv + 5))
+        key1 = key0 + int(rng.integers(1, 33))  # may reach past the last key
+        lo, hi = _jax_fa.seeing_queries(key0, key1, len_q, len_kv, left, right, top_left)
+        seeing = _visible(len_q, len_kv, left, right, top_left)[:, key0:key1].any(1).nonzero()[0]
+        if len(seeing):
+            assert (lo, hi) == (seeing[0], seeing[-1] + 1)
+        else:
+            assert lo >= hi
+
+
+def test_explain_of_a_gradient_names_its_kernels():
+    def kernels(dtype, device, head_dim=64, **options):
+        q = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
+        grad = jax.grad(
+            lambda q: jax_fa.flash_attention(q, q, q, **options).astype(jnp.float32).sum()
+        )
+        return [call.kernel for call in jax_fa.explain(grad, q, device=device)]
+
+    both = "sm80/bwd_keys + sm80/bwd_queries"
+    assert kernels(jnp.float32, "a100") == ["sm80/fwd", both]
+    assert kernels(jnp.bfloat16, "a100") == ["sm80/fwd", "sm80/bwd_keys"]
+    assert kernels(jnp.bfloat16, "a100", 128) == ["sm80/fwd", "sm80/bwd_shared"]
+    assert kernels(jnp.bfloat16, "l40s", 128) == ["sm80/fwd", both]  # too little shared memory
+    assert kernels(jnp.bfloat16, "a100", deterministic=True) == ["sm80/fwd", both]
+
+
+def test_explain_of_a_gradient_without_a_kernel_names_xla():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct(q.shape, jnp.int8)
+    scale = jax.ShapeDtypeStruct((1, 2, 64, 1), jnp.float32)
+
+    def loss(q, values, scale):
+        x = jax_fa.QuantizedArray(values, scale)
+        return jax_fa.flash_attention(q, x, x).astype(jnp.float32).sum()
+
+    calls = jax_fa.explain(jax.grad(loss), q, values, scale, device="h200")
     assert [call.kernel for call in calls] == ["sm80/fwd", "reference"]
-    assert "XLA" in calls[1].reason
+    assert "k is int8" in calls[1].reason and "XLA" in calls[1].reason
 
 
 def test_explain_says_why_there_is_no_kernel():

@@ -135,21 +135,55 @@ def test_append_declares_its_aliases(paged, dtype, layers):
         assert f"stablehlo.{name}" not in text
 
 
-def test_gradients_run_through_xla():
-    def grads(q, k, v):
-        return jax.grad(lambda *x: flash(*x).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+def gradients(fn, *args):
+    """Gradients of a function of floats, lowered: those of its first argument."""
+    return lower(jax.grad(lambda *x: fn(*x).astype(jnp.float32).sum()), *args)
 
-    text = lower(grads, *avals(Q, KV, KV))
-    assert calls(text) == ["jax_fa_fwd"] and "stablehlo.while" in text
-    text = lower(
-        jax.grad(
-            lambda q, k: (
-                jax_fa.flash_attention(q, k, k, implementation="cuda").astype(jnp.float32).sum()
-            )
-        ),
-        *avals(Q, KV),
-    )
-    assert calls(text) == ["jax_fa_fwd"]
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_gradient_is_one_call(deterministic):
+    def fn(q, k, v):
+        return jax_fa.flash_attention(q, k, v, deterministic=deterministic)
+
+    text = gradients(fn, *avals(Q, KV, KV))
+    assert calls(text) == ["jax_fa_fwd", "jax_fa_fwd_bwd"] and "stablehlo.while" not in text
+    (call,) = (line for line in text.splitlines() if "@jax_fa_fwd_bwd(" in line)
+    assert f"deterministic = {str(deterministic).lower()}" in call
+    sums = re.findall(r"tensor<(\d+)xf32>", call.split("->")[1])
+    assert sums[-1] == ("0" if deterministic else str(2 * 128 * 8 * 64))
+
+    def varlen(q, k, cu):
+        return jax_fa.flash_attention_varlen(q, k, k, cu, cu, max_seqlen_q=50, max_seqlen_k=50)
+
+    cu = jax.ShapeDtypeStruct((5,), jnp.int32)
+    text = gradients(varlen, *avals((100, 8, 64), (100, 2, 64)), cu)
+    assert calls(text) == ["jax_fa_varlen_fwd", "jax_fa_varlen_bwd"]
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_gradients_of_packed_buffers_are_written_in_place(parts):
+    if parts == 3:
+        text = gradients(jax_fa.flash_attention_qkvpacked, *avals((2, 128, 3, 8, 64)))
+    else:
+        text = gradients(
+            lambda x, q: jax_fa.flash_attention_kvpacked(q, x), *avals((2, 128, 2, 2, 64), Q)
+        )
+    assert calls(text) == ["jax_fa_fwd", "jax_fa_fwd_bwd"]
+    for name in ("concatenate", "stack", "dynamic_update_slice"):
+        assert f"stablehlo.{name}" not in text
+
+
+def test_gradients_that_no_kernel_covers_run_through_xla():
+    values = jax.ShapeDtypeStruct(KV, jnp.int8)
+    scale = jax.ShapeDtypeStruct((2, 2, 128, 1), jnp.float32)
+    for implementation in (None, "cuda"):
+
+        def fn(q, values, scale, implementation=implementation):
+            x = jax_fa.QuantizedArray(values, scale)
+            return jax_fa.flash_attention(q, x, x, implementation=implementation)
+
+        text = gradients(fn, *avals(Q), values, scale)
+        assert calls(text) == ["jax_fa_fwd"] and "stablehlo.while" in text
 
 
 def test_reference_on_request():

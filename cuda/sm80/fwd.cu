@@ -317,8 +317,8 @@ template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream) {
   using General = Traits<kHeadDim, kDType, true>;
   using Plain = Traits<kHeadDim, kDType, false>;
-  if (fwd_sm80_quantized(params)) return launch<General, GeneralScore<true>, true>(params, stream);
-  return fwd_sm80_general(params) ? launch<General, GeneralScore<true>, false>(params, stream)
+  if (fwd_sm80_quantized(params)) return launch<General, GeneralScore, true>(params, stream);
+  return fwd_sm80_general(params) ? launch<General, GeneralScore, false>(params, stream)
                                   : launch<Plain, ScaledScore, false>(params, stream);
 }
 

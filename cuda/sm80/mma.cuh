@@ -5,6 +5,9 @@
 // and ldmatrix hands out the same 4 bytes to the same lane.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "load.cuh"
 
 namespace jax_fa {

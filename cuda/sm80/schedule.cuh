@@ -15,20 +15,20 @@ struct QueryTile {
 };
 
 // A stretch of tokens that one batch row owns, and the how-manyeth tile of it.
-struct QueryStretch {
+struct Stretch {
   int b, begin, end, tile;
 };
 
-// Packed queries: stretch b = the tokens from the start of row b to that of row b + 1, stretch -1
+// Packed tokens: stretch b = the tokens from the start of row b to that of row b + 1, stretch -1
 // those before the first row. A warp scans the number of tiles of 32 stretches at a time.
 template <int kBlockM>
-__device__ inline QueryStretch find_stretch(const AttentionParams& p, int tile) {
+__device__ inline Stretch find_stretch(const int* start, int batch, int total, int tile) {
   const int lane = threadIdx.x % 32;
   int tiles_before = 0;
-  for (int base = -1; base < p.batch; base += 32) {
+  for (int base = -1; base < batch; base += 32) {
     const int b = base + lane;
-    const int begin = b < 0 ? 0 : b < p.batch ? p.q_start[b] : p.total_q;
-    const int end = b + 1 < p.batch ? p.q_start[b + 1] : p.total_q;
+    const int begin = b < 0 ? 0 : b < batch ? start[b] : total;
+    const int end = b + 1 < batch ? start[b + 1] : total;
     const int tiles = (end - begin + kBlockM - 1) / kBlockM;
     int scan = tiles;
 #pragma unroll
@@ -55,7 +55,7 @@ __device__ inline QueryTile query_tile(const AttentionParams& p, int pair, int t
   QueryTile out;
   int begin, end;
   if (p.q_start) {
-    const QueryStretch stretch = find_stretch<kBlockM>(p, tile);
+    const Stretch stretch = find_stretch<kBlockM>(p.q_start, p.batch, p.total_q, tile);
     out.b = stretch.b;
     out.head = pair;
     begin = stretch.begin;

@@ -1,4 +1,4 @@
-// Epilogue: a warp's rows of o and lse to global memory.
+// Epilogue: a warp's rows of o and lse, or of a gradient, to global memory.
 #pragma once
 
 #include "mma.cuh"
@@ -8,17 +8,22 @@ namespace jax_fa {
 
 // Where the rows of a tile go.
 template <class Traits>
-struct OutputRows {
-  using Element = typename Traits::Element;
-
-  Element* gO;     // [rows, heads_q, head_dim_v] from the tile's first row and its head on
-  float* gLse;     // [rows]
-  int64_t stride;  // of rows of gO
+struct TileRows {
+  typename Traits::Element* gO;  // [rows, dims] from the tile's first row on
+  int64_t stride;                // of rows of gO
   int rows, dims;
+};
 
-  __device__ OutputRows(const AttentionParams& p, const QueryTile& tile)
-      : stride(int64_t(p.heads_q) * p.head_dim_v), rows(tile.rows), dims(p.head_dim_v) {
-    gO = static_cast<Element*>(p.o) + tile.token0 * stride + tile.head * p.head_dim_v;
+template <class Traits>
+struct OutputRows : TileRows<Traits> {
+  float* gLse;  // [rows]
+
+  __device__ OutputRows(const AttentionParams& p, const QueryTile& tile) {
+    this->stride = int64_t(p.heads_q) * p.head_dim_v;
+    this->rows = tile.rows;
+    this->dims = p.head_dim_v;
+    this->gO = static_cast<typename Traits::Element*>(p.o) + tile.token0 * this->stride +
+               tile.head * p.head_dim_v;
     gLse = p.lse + max(tile.b, 0) * p.lse_row_stride + tile.head * p.lse_head_stride +
            (p.q_start ? tile.token0 : int64_t(tile.row0));
   }
@@ -27,7 +32,7 @@ struct OutputRows {
 // Through this warp's own rows of shared memory, so that 8 lanes store 128 adjacent bytes.
 template <class Traits>
   requires(Traits::kDType != DType::kF32)
-__device__ void store_o(const OutputRows<Traits>& out, const OutputTile<Traits>& o, int warp_row,
+__device__ void store_o(const TileRows<Traits>& out, const OutputTile<Traits>& o, int warp_row,
                         uint32_t sRows) {
   using Layout = TileLayout<Traits>;
   const int lane = threadIdx.x % 32;
@@ -64,7 +69,7 @@ __device__ void store_o(const OutputRows<Traits>& out, const OutputTile<Traits>&
 // Straight from registers: with gemm_pv's order of dims a lane holds 8 adjacent ones of every 32.
 template <class Traits>
   requires(Traits::kDType == DType::kF32)
-__device__ void store_o(const OutputRows<Traits>& out, const OutputTile<Traits>& o, int warp_row,
+__device__ void store_o(const TileRows<Traits>& out, const OutputTile<Traits>& o, int warp_row,
                         uint32_t) {
   const int lane = threadIdx.x % 32;
 #pragma unroll

@@ -18,7 +18,7 @@ struct HopperTraits {
   static constexpr DType kDType = kDType_;
   static constexpr FwdClass kClass = kClass_;
   using Element = typename Mma<kDType>::Element;
-  using Score = std::conditional_t<kClass == FwdClass::kGeneral, GeneralScore<false>, ScaledScore>;
+  using Score = std::conditional_t<kClass == FwdClass::kGeneral, UnbiasedScore, ScaledScore>;
 
   static constexpr HopperTile kTile = fwd_sm90_tile(kHeadDim, kClass);
   static constexpr int kBlockM = kTile.m;
