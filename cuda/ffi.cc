@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "decode/splits.h"
 #include "mask.cuh"
 #include "params.h"
 #include "plan.h"
@@ -232,7 +233,7 @@ ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In
   p.kv.len_kv = int(k.dimensions()[1]);
   p.top_left = attrs.top_left;
   set_bias(p, bias);
-  return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
+  return to_error(run_attention(Operation::kPrefill, p, {}, stream));
 }
 
 ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
@@ -251,7 +252,7 @@ ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_sc
   p.kv.layers = 1;
   p.kv.len_kv = attrs.max_len_kv;
   p.top_left = attrs.top_left;
-  return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
+  return to_error(run_attention(Operation::kPrefill, p, {}, stream));
 }
 
 template <typename Attrs>
@@ -272,22 +273,30 @@ ffi::Error decode(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale,
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/false, attrs);
   set_cache(p, k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, attrs);
   const auto split_dims = split_lse->dimensions();
-  const SplitScratch scratch{
-      .splits = split_dims.size() == 1 ? 1 : int(split_dims[0]),
-      .o = reinterpret_cast<float*>(split_o->untyped_data()),
-      .lse = reinterpret_cast<float*>(split_lse->untyped_data()),
-  };
+  SplitScratch scratch{};
+  scratch.o = reinterpret_cast<float*>(split_o->untyped_data());
+  scratch.lse = reinterpret_cast<float*>(split_lse->untyped_data());
+  scratch.splits = split_dims.size() == 1 ? 1 : int(split_dims[0]);
   return to_error(run_attention(Operation::kDecode, p, scratch, stream));
 }
 
 ffi::Error hybrid(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
                   In sinks, In q_start, In q_length, In kv_lengths, In rows, In page_table,
-                  In layer, Out o, Out lse, HybridAttrs attrs) {
+                  In layer, Out o, Out lse, Out part_o, Out part_lse, Out part_rows,
+                  HybridAttrs attrs) {
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/true, attrs);
   set_cache(p, k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, attrs);
   p.q_start = optional<int>(q_start);
   p.q_length = optional<int>(q_length);
-  return to_error(run_attention(Operation::kHybrid, p, kNoSplits, stream));
+  SplitScratch scratch{};
+  scratch.o = reinterpret_cast<float*>(part_o->untyped_data());
+  scratch.lse = reinterpret_cast<float*>(part_lse->untyped_data());
+  scratch.rows = reinterpret_cast<int2*>(part_rows->untyped_data());
+  scratch.columns = int(part_lse->dimensions()[0]);
+  scratch.part_keys =
+      packed_scratch(p.batch, p.heads_q, p.heads_kv, p.head_dim, p.kv.len_kv, attrs.split_size)
+          .part_keys;
+  return to_error(run_attention(Operation::kHybrid, p, scratch, stream));
 }
 
 ffi::Error append(cudaStream_t stream, In, In, In, In, In k_new, In v_new, In new_start, In counts,
@@ -392,6 +401,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_hybrid, hybrid,
                                   .Arg<In>()  // layer
                                   .Ret<In>()  // o
                                   .Ret<In>()  // lse
+                                  .Ret<In>()  // part_o
+                                  .Ret<In>()  // part_lse
+                                  .Ret<In>()  // part_rows
                                   .Attrs<HybridAttrs>(),
                               kTraits);
 
@@ -437,7 +449,16 @@ NB_MODULE(_jax_fa, m) {
     return handlers;
   });
   m.def("decode_splits", &splits_of_decode, nb::arg("batch"), nb::arg("len_q"), nb::arg("heads_q"),
-        nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("max_len_kv"));
+        nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("max_len_kv"), nb::arg("key_bytes") = 2);
+  m.def(
+      "packed_scratch",
+      [](int batch, int heads_q, int heads_kv, int head_dim, int64_t max_len_kv, int split_size) {
+        const PackedScratch scratch =
+            packed_scratch(batch, heads_q, heads_kv, head_dim, max_len_kv, split_size);
+        return nb::make_tuple(scratch.columns, scratch.part_keys);
+      },
+      nb::arg("batch"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
+      nb::arg("max_len_kv"), nb::arg("split_size"));
   // What kernels compute on the device, for tests on the host.
   m.def(
       "visible_keys",
@@ -447,6 +468,17 @@ NB_MODULE(_jax_fa, m) {
       },
       nb::arg("query"), nb::arg("len_q"), nb::arg("len_kv"), nb::arg("window_left"),
       nb::arg("window_right"), nb::arg("top_left"));
+  m.def(
+      "parts_of_row",
+      [](int steps, int part_steps) {
+        nb::list out;
+        const int parts = parts_of(steps, part_steps);
+        for (int i = 0; i <= parts; ++i) out.append(part_begin(steps, i, parts));
+        return out;
+      },
+      nb::arg("steps"), nb::arg("part_steps"));
+  m.def("part_candidate", &part_candidate, nb::arg("i"));
+  m.def("decode_max_len_q", &decode_max_len_q, nb::arg("heads_group"));
   m.def(
       "classify_tile",
       [](int query0, int query1, int key0, int key1, int len_q, int len_kv, int window_left,

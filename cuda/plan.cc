@@ -36,17 +36,42 @@ cudaError_t with_tile(int tile_dim, Launch launch, std::integer_sequence<int, kD
 
 constexpr std::integer_sequence<int, JAX_FA_HEAD_DIMS> kTiles;
 
+// Packed rows of few queries in the decode kernel, beside it the others in a prefill kernel.
+template <DType kDType>
+cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStream_t stream) {
+  AttentionParams decode = p, prefill = p;
+  decode.max_len_q = decode_max_len_q(p.heads_q / p.heads_kv);
+  prefill.min_len_q = decode.max_len_q + 1;
+  prefill.beside_previous = true;
+  scratch.leaves_room = true;
+  return with_tile(
+      tile_dim_of(p.head_dim),
+      [&]<int kDim>() {
+        cudaError_t status = launch_decode<kDim, kDType>(decode, scratch, stream);
+        if (status == cudaSuccess) {
+          status = run_attention(Operation::kPrefill, prefill, scratch, stream);
+        }
+        if (status != cudaSuccess) return status;
+        return launch_combine<kDim, kDType>(decode, scratch, stream);
+      },
+      kTiles);
+}
+
 }  // namespace
 
 int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
-                     int64_t max_len_kv) {
+                     int64_t max_len_kv, int key_bytes) {
   if (len_q > kMaxDecodeQueries) return 1;
-  return decode_splits(batch, len_q, heads_q, heads_kv, head_dim, max_len_kv);
+  return decode_split(batch, len_q, heads_q, heads_kv, head_dim, max_len_kv, key_bytes).splits;
 }
 
 cudaError_t run_attention(Operation operation, const AttentionParams& p,
                           const SplitScratch& scratch, cudaStream_t stream) {
   if (p.total_q == 0 || p.batch == 0) return cudaSuccess;
+  if (operation == Operation::kHybrid && p.dtype != DType::kF32) {
+    return p.dtype == DType::kBF16 ? run_hybrid<DType::kBF16>(p, scratch, stream)
+                                   : run_hybrid<DType::kF16>(p, scratch, stream);
+  }
   const int tile_dim = tile_dim_of(p.head_dim);
   if (runs_decode_kernel(operation, p.dtype, p.len_q)) {
     return with_tile(
@@ -83,15 +108,15 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   if (runs_decode_kernel(op, dtype, len_q)) {
     const int columns = heads_q / heads_kv * len_q;
     const int column_tiles = decode_column_tiles(tile_dim, columns), tile = column_tiles * 8;
-    const int splits =
-        decode_splits(batch, len_q, heads_q, heads_kv, head_dim, int64_t(max_len_kv));
+    const DecodeSplit split =
+        decode_split(batch, len_q, heads_q, heads_kv, head_dim, max_len_kv, kv_bytes);
     return {"decode",
             tile,
-            16,
+            decode_step_keys(tile_dim, column_tiles, kv_bytes == 1),
             tile_dim,
-            decode_warps(column_tiles),
-            splits,
-            int64_t(batch) * heads_kv * ((columns + tile - 1) / tile) * splits};
+            split.warps,
+            split.splits,
+            int64_t(batch) * heads_kv * ((columns + tile - 1) / tile) * split.splits};
   }
   AttentionParams p{};
   static const int kPacked = 0;  // packed queries are told from dense ones by a pointer
@@ -106,7 +131,14 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.dtype = dtype;
   p.k.dtype = p.v.dtype = kv_bytes == 1 ? DType::kInt8 : dtype;
   const FwdTile tile = fwd_sm80_tile(tile_dim, dtype, general);
-  return {"sm80/fwd", tile.m, tile.n, tile_dim, tile.warps, 1, fwd_sm80_grid(p, tile).blocks};
+  const bool hybrid = op == Operation::kHybrid && dtype != DType::kF32;
+  return {hybrid ? "decode, sm80/fwd" : "sm80/fwd",
+          tile.m,
+          tile.n,
+          tile_dim,
+          tile.warps,
+          1,
+          fwd_sm80_grid(p, tile).blocks};
 }
 
 }  // namespace jax_fa
