@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "decode/splits.h"
 #include "mask.cuh"
 #include "params.h"
 #include "plan.h"
@@ -284,7 +285,7 @@ ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In
   AttentionParams p =
       dense(q, k, v, k_scale, v_scale, slopes, sinks, bias, q_lengths, kv_lengths, *o, *lse, attrs);
   p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
-  return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
+  return to_error(run_attention(Operation::kPrefill, p, {}, stream));
 }
 
 ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
@@ -293,7 +294,7 @@ ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_sc
   AttentionParams p = varlen(q, k, v, k_scale, v_scale, slopes, sinks, q_start, q_length, k_start,
                              k_length, *o, *lse, attrs);
   p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
-  return to_error(run_attention(Operation::kPrefill, p, kNoSplits, stream));
+  return to_error(run_attention(Operation::kPrefill, p, {}, stream));
 }
 
 // What both backward calls set: gradients that lie as their operands do, apart from the batch rows
@@ -370,23 +371,31 @@ ffi::Error decode(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale,
   AttentionParams p = attention(q, v, *o, *lse, slopes, sinks, /*packed=*/false, attrs);
   set_cache(p, k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, attrs);
   const auto split_dims = split_lse->dimensions();
-  const SplitScratch scratch{
-      .splits = split_dims.size() == 1 ? 1 : int(split_dims[0]),
-      .o = reinterpret_cast<float*>(split_o->untyped_data()),
-      .lse = reinterpret_cast<float*>(split_lse->untyped_data()),
-  };
+  SplitScratch scratch{};
+  scratch.o = reinterpret_cast<float*>(split_o->untyped_data());
+  scratch.lse = reinterpret_cast<float*>(split_lse->untyped_data());
+  scratch.splits = split_dims.size() == 1 ? 1 : int(split_dims[0]);
   return to_error(run_attention(Operation::kDecode, p, scratch, stream));
 }
 
 ffi::Error hybrid(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
                   In sinks, In q_start, In q_length, In kv_lengths, In rows, In page_table,
-                  In layer, Out o, Out lse, Out next_tile, HybridAttrs attrs) {
+                  In layer, Out o, Out lse, Out next_tile, Out part_o, Out part_lse, Out part_rows,
+                  HybridAttrs attrs) {
   AttentionParams p = attention(q, v, *o, *lse, slopes, sinks, /*packed=*/true, attrs);
   set_cache(p, k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, attrs);
   p.q_start = optional<int>(q_start);
   p.q_length = optional<int>(q_length);
   p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
-  return to_error(run_attention(Operation::kHybrid, p, kNoSplits, stream));
+  SplitScratch scratch{};
+  scratch.o = reinterpret_cast<float*>(part_o->untyped_data());
+  scratch.lse = reinterpret_cast<float*>(part_lse->untyped_data());
+  scratch.rows = reinterpret_cast<int2*>(part_rows->untyped_data());
+  scratch.columns = int(part_lse->dimensions()[0]);
+  scratch.part_keys =
+      packed_scratch(p.batch, p.heads_q, p.heads_kv, p.head_dim, p.kv.len_kv, attrs.split_size)
+          .part_keys;
+  return to_error(run_attention(Operation::kHybrid, p, scratch, stream));
 }
 
 ffi::Error append(cudaStream_t stream, In, In, In, In, In k_new, In v_new, In new_start, In counts,
@@ -534,6 +543,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_hybrid, hybrid,
                                   .Ret<In>()  // o
                                   .Ret<In>()  // lse
                                   .Ret<In>()  // next_tile
+                                  .Ret<In>()  // part_o
+                                  .Ret<In>()  // part_lse
+                                  .Ret<In>()  // part_rows
                                   .Attrs<HybridAttrs>(),
                               kTraits);
 
@@ -591,7 +603,16 @@ NB_MODULE(_jax_fa, m) {
     return handlers;
   });
   m.def("decode_splits", &splits_of_decode, nb::arg("batch"), nb::arg("len_q"), nb::arg("heads_q"),
-        nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("max_len_kv"));
+        nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("max_len_kv"), nb::arg("key_bytes") = 2);
+  m.def(
+      "packed_scratch",
+      [](int batch, int heads_q, int heads_kv, int head_dim, int64_t max_len_kv, int split_size) {
+        const PackedScratch scratch =
+            packed_scratch(batch, heads_q, heads_kv, head_dim, max_len_kv, split_size);
+        return nb::make_tuple(scratch.columns, scratch.part_keys);
+      },
+      nb::arg("batch"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
+      nb::arg("max_len_kv"), nb::arg("split_size"));
   m.def("runs_hopper", &runs_hopper, nb::arg("capability"));
   // Floats of scratch in which a backward call sums dq.
   m.def("dq_sum_size", &dq_sum_size, nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
@@ -616,6 +637,17 @@ NB_MODULE(_jax_fa, m) {
       },
       nb::arg("key0"), nb::arg("key1"), nb::arg("len_q"), nb::arg("len_kv"), nb::arg("window_left"),
       nb::arg("window_right"), nb::arg("top_left"));
+  m.def(
+      "parts_of_row",
+      [](int steps, int part_steps) {
+        nb::list out;
+        const int parts = parts_of(steps, part_steps);
+        for (int i = 0; i <= parts; ++i) out.append(part_begin(steps, i, parts));
+        return out;
+      },
+      nb::arg("steps"), nb::arg("part_steps"));
+  m.def("part_candidate", &part_candidate, nb::arg("i"));
+  m.def("decode_max_len_q", &decode_max_len_q, nb::arg("heads_group"));
   m.def(
       "classify_tile",
       [](int query0, int query1, int key0, int key1, int len_q, int len_kv, int window_left,

@@ -52,7 +52,10 @@ struct AttentionParams {
   int64_t lse_row_stride, lse_head_stride;  // lse_row_stride is 0 for packed queries
   const int* q_start;                       // [batch], packed only; null: dense
   const int* q_length;                      // [batch] or null: len_q
-  int batch, len_q, total_q, max_len_q;     // max_len_q: static bound on a row's length
+  int batch, len_q, total_q;
+  int max_len_q;  // static bound on a row's length; decode leaves longer packed rows to prefill
+  int min_len_q;  // packed rows with fewer queries belong to another launch: they are neither
+                  // computed nor written; padding still is
   int heads_q, heads_kv, head_dim, head_dim_v;
   KvTensor k, v;
   KvIndex kv;
@@ -67,16 +70,23 @@ struct AttentionParams {
   int window_left, window_right;  // -1: unbounded; causal is (.., 0)
   bool top_left;                  // query i's diagonal is key i; else i + len_kv - len_q of its row
   DType dtype;                    // of q and o
+  // Whether the launch may run beside the one before it, of whose results it needs none; it ends no
+  // sooner. A launch that does not know how waits for its turn.
+  bool beside_previous;
 };
 
 // Scratch of a split decode: every split writes a normalized partial and its lse (natural log).
 struct SplitScratch {
-  int splits;
-  float* o;    // [splits, total_q, heads_q, head_dim_v]
-  float* lse;  // [splits, total_q, heads_q]
+  float* o;          // [splits, total_q, heads_q, head_dim_v]; packed: [columns, head_dim_v]
+  float* lse;        // the same without head_dim_v
+  int splits;        // of dense queries
+  int columns;       // that there is place for; below: packed queries, divided on the device
+  int part_keys;     // the most keys of a part of a row, or 0: the device chooses
+  int2* rows;        // [batch + 1]: a row's first task and its parts, where some row has several;
+                     // at the end whether one has, and the columns of a task
+  bool leaves_room;  // on every multiprocessor, if there are rows for another launch:
+  int workers;       // then only so many blocks work, as the launcher finds
 };
-
-constexpr SplitScratch kNoSplits{1, nullptr, nullptr};
 
 // The gradients of one attention call whose o and lse are known; o and dout are [total_q, heads_q,
 // head_dim], contiguous, dlse lies as lse. dq has the strides below and as many tokens as q; dk and
@@ -144,9 +154,13 @@ template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream);
 
 // cuda/decode/decode.cu: few queries a row over a long cache, keys split over blocks.
+// launch_combine merges the parts of packed rows, which launch_decode leaves to it.
 template <int kHeadDim, DType kDType>
 cudaError_t launch_decode(const AttentionParams& params, const SplitScratch& scratch,
                           cudaStream_t stream);
+template <int kHeadDim, DType kDType>
+cudaError_t launch_combine(const AttentionParams& params, const SplitScratch& scratch,
+                           cudaStream_t stream);
 
 // cuda/cache/append.cu
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);

@@ -88,20 +88,47 @@ cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t st
   return status;
 }
 
+// Packed rows of few queries in the decode kernel, beside it the others in a prefill kernel.
+template <DType kDType>
+cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStream_t stream) {
+  AttentionParams decode = p, prefill = p;
+  decode.max_len_q = decode_max_len_q(p.heads_q / p.heads_kv);
+  prefill.min_len_q = decode.max_len_q + 1;
+  // A Hopper block takes all of a multiprocessor: nothing runs beside it.
+  const int tile_dim = tile_dim_of(p.head_dim);
+  prefill.beside_previous = !runs_hopper_kernel(prefill, tile_dim, current_capability());
+  scratch.leaves_room = prefill.beside_previous;
+  return with_tile(
+      tile_dim,
+      [&]<int kDim>() {
+        cudaError_t status = launch_decode<kDim, kDType>(decode, scratch, stream);
+        if (status == cudaSuccess) {
+          status = run_attention(Operation::kPrefill, prefill, scratch, stream);
+        }
+        if (status != cudaSuccess) return status;
+        return launch_combine<kDim, kDType>(decode, scratch, stream);
+      },
+      kTiles);
+}
+
 }  // namespace
 
 // Hopper's machine code runs on 9.0 alone.
 bool runs_hopper(int capability) { return capability == 90 && hopper_allowed(); }
 
 int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
-                     int64_t max_len_kv) {
+                     int64_t max_len_kv, int key_bytes) {
   if (len_q > kMaxDecodeQueries) return 1;
-  return decode_splits(batch, len_q, heads_q, heads_kv, head_dim, max_len_kv);
+  return decode_split(batch, len_q, heads_q, heads_kv, head_dim, max_len_kv, key_bytes).splits;
 }
 
 cudaError_t run_attention(Operation operation, const AttentionParams& p,
                           const SplitScratch& scratch, cudaStream_t stream) {
   if (p.total_q == 0 || p.batch == 0) return cudaSuccess;
+  if (operation == Operation::kHybrid && p.dtype != DType::kF32) {
+    return p.dtype == DType::kBF16 ? run_hybrid<DType::kBF16>(p, scratch, stream)
+                                   : run_hybrid<DType::kF16>(p, scratch, stream);
+  }
   const int tile_dim = tile_dim_of(p.head_dim);
   if (runs_decode_kernel(operation, p.dtype, p.len_q)) {
     return with_tile(
@@ -209,15 +236,15 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   if (runs_decode_kernel(op, dtype, len_q)) {
     const int columns = heads_q / heads_kv * len_q;
     const int column_tiles = decode_column_tiles(tile_dim, columns), tile = column_tiles * 8;
-    const int splits =
-        decode_splits(batch, len_q, heads_q, heads_kv, head_dim, int64_t(max_len_kv));
+    const DecodeSplit split =
+        decode_split(batch, len_q, heads_q, heads_kv, head_dim, max_len_kv, kv_bytes);
     return {"decode",
             tile,
-            16,
+            decode_step_keys(tile_dim, column_tiles, kv_bytes == 1),
             tile_dim,
-            decode_warps(column_tiles),
-            splits,
-            int64_t(batch) * heads_kv * ((columns + tile - 1) / tile) * splits};
+            split.warps,
+            split.splits,
+            int64_t(batch) * heads_kv * ((columns + tile - 1) / tile) * split.splits};
   }
   AttentionParams p{};
   static const int kPacked = 0;  // packed queries are told from dense ones by a pointer
@@ -237,15 +264,28 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.window_right = options.masked ? 0 : -1;
   p.kv.page_table = options.page_size > 0 ? &kPacked : nullptr;
   p.kv.page_size = options.page_size;
+  const bool hybrid = op == Operation::kHybrid && dtype != DType::kF32;
   if (runs_hopper_kernel(p, tile_dim, options.capability)) {
     const FwdClass kind = fwd_sm90_class(p, tile_dim);
     const HopperTile tile = fwd_sm90_tile(tile_dim, kind);
     const int warps = (tile.m / 64 + 1) * 4;
     const int64_t tiles = fwd_sm90_order(p, tile, kind != FwdClass::kFull).total;
-    return {"sm90/fwd", tile.m, tile.n, tile_dim, warps, 1, std::min(options.sms, tiles)};
+    return {hybrid ? "decode, sm90/fwd" : "sm90/fwd",
+            tile.m,
+            tile.n,
+            tile_dim,
+            warps,
+            1,
+            std::min(options.sms, tiles)};
   }
   const FwdTile tile = fwd_sm80_tile(tile_dim, dtype, options.general || options.bias);
-  return {"sm80/fwd", tile.m, tile.n, tile_dim, tile.warps, 1, fwd_sm80_grid(p, tile).blocks};
+  return {hybrid ? "decode, sm80/fwd" : "sm80/fwd",
+          tile.m,
+          tile.n,
+          tile_dim,
+          tile.warps,
+          1,
+          fwd_sm80_grid(p, tile).blocks};
 }
 
 }  // namespace jax_fa

@@ -19,7 +19,7 @@ struct Plan {
 };
 
 int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
-                     int64_t max_len_kv);
+                     int64_t max_len_kv, int key_bytes);
 
 struct PlanOptions {
   bool general, bias, masked;  // scores beyond a scale, a dense bias, a window or causal
@@ -29,7 +29,8 @@ struct PlanOptions {
 };
 
 // The plan of an operation ("prefill", "decode", "hybrid") on static shapes; total_q counts packed
-// queries and is 0 for dense ones.
+// queries and is 0 for dense ones; kv_bytes are those of an element, for decode 0 where only its
+// general kernels read the cache.
 Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
              int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes,
              const PlanOptions& options);

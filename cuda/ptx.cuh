@@ -30,6 +30,11 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// Asks for the line at an address to be brought to L2.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Four 8x8 matrices of 16-bit elements. Lane l gives the 16-byte row l % 8 of matrix l / 8 and
 // receives of matrix i, in x[i], row l / 4, columns 2 * (l % 4) and one more.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&x)[4], uint32_t address) {
@@ -143,11 +148,19 @@ __device__ __forceinline__ uint32_t widen_e4m3(uint16_t x) {
   return y;
 }
 
-// sm_90 and later: the next grid of the stream, if launched with programmatic serialization, may
-// start once all blocks of this one have said so or ended; it waits here until this one's writes
-// are visible.
+// The next grid of the stream, if launched with programmatic serialization, may start once all
+// blocks of this one have said so or ended; it waits below until this one's writes are visible.
+// Before sm_90 grids wait for their turn as a whole.
 __device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // x / y within 2 ulp: what XLA compiles a float32 division to on NVIDIA GPUs.
@@ -155,10 +168,6 @@ __device__ __forceinline__ float div_full(float x, float y) {
   float quotient;
   asm("div.full.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
   return quotient;
-}
-
-__device__ __forceinline__ void wait_for_previous_grid() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // Adds to global memory without waiting for it; the order of several such additions is open.

@@ -73,9 +73,10 @@ def hybrid_attention(
         padding.
       kv_lengths: int32 `[B]`: tokens in each row's cache, the new ones included.
       page_table, batch_index, layer: As for `decode_attention`.
-      split_size: Keys in a fixed split of a row, so that a row's result has the same bits whatever
-        else is in the batch. None: splits may depend on the batch. Today nothing splits a row
-        here, so every call is that.
+      split_size: Keys of a row that are summed together, at most (at least 64, and more where the
+        batch's partial results would not fit 96 MB), so that a row's result has the same bits
+        whatever else is in the batch. None: the sums may depend on the other rows' lengths, not
+        on their order.
       causal: Whether new tokens see only keys up to themselves.
       scale, window, softcap, alibi_slopes, sinks, return_lse, implementation: As for
         `flash_attention`.

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from . import _jax_fa, _layout, _limits
-from ._lowering import BACKWARD, decode_shape
+from ._lowering import BACKWARD, cache_length, decode_key_bytes
 from ._primitives import OPERATIONS
 
 
@@ -198,11 +198,10 @@ def _plan_shape(name, x, static):
     if name == "jax_fa_fwd":
         return shape | {"batch": q[0], "len_q": q[1], "total_q": 0, "max_len_kv": k[1]}
     if name == "jax_fa_decode":
-        return shape | {
-            "batch": q[0], "len_q": q[1], "total_q": 0, "max_len_kv": decode_shape(x)[-1]
-        }  # fmt: skip
+        shape |= {"batch": q[0], "len_q": q[1], "total_q": 0, "max_len_kv": cache_length(x)}
+        return shape | {"kv_bytes": decode_key_bytes(x)}
     batch = x["q_start"].shape[0]
-    longest = static["max_len_kv"] if name == "jax_fa_varlen_fwd" else _cache_length(x)
+    longest = static["max_len_kv"] if name == "jax_fa_varlen_fwd" else cache_length(x)
     return shape | {"batch": batch, "len_q": q[0], "total_q": q[0], "max_len_kv": longest}
 
 
@@ -230,11 +229,6 @@ def _is_general(x, static):
     return static["scale"] <= 0 or bool(static["softcap"]) or quantized or any(extras)
 
 
-def _cache_length(x):
-    table = x["page_table"].shape
-    return x["k"].shape[1] * (table[1] if len(table) == 2 else 1)
-
-
 def _nbytes(aval):
     return math.prod(aval.shape) * aval.dtype.itemsize
 
@@ -247,7 +241,7 @@ def _operand_bytes(name, x):
     for key, aval in x.items():
         if key in ("k", "v", "k_scale", "v_scale") and "kv_lengths" in x and "layer" in x:
             tokens = x["k"].shape[0] * x["k"].shape[1]
-            total += _nbytes(aval) * x["kv_lengths"].shape[0] * _cache_length(x) / tokens
+            total += _nbytes(aval) * x["kv_lengths"].shape[0] * cache_length(x) / tokens
         else:
             total += _nbytes(aval)
     return total
@@ -258,10 +252,10 @@ def _flops(name, x, static):
     q, k, v = _views(name, x, static)
     per_pair = (q[-1] + v[-1]) * 2 * (2.5 if name in BACKWARD else 1)
     if "q_start" not in x:
-        len_kv = k[1] if "layer" not in x else _cache_length(x)
+        len_kv = k[1] if "layer" not in x else cache_length(x)
         return per_pair * q[0] * q[-2] * _visible(q[1], len_kv, static)
     rows = x["q_start"].shape[0]
-    len_kv = k[0] / rows if "k_start" in x else _cache_length(x)
+    len_kv = k[0] / rows if "k_start" in x else cache_length(x)
     return per_pair * rows * q[-2] * _visible(round(q[0] / rows), round(len_kv), static)
 
 

@@ -66,6 +66,8 @@ def _ffi_call(op, args, static):
         results += _decode_scratch(operands)
     elif op.name in ("jax_fa_fwd", "jax_fa_varlen_fwd", "jax_fa_hybrid"):
         results.append(jax.ShapeDtypeStruct((1,), np.int32))  # of prefill: tiles that were taken
+    if op.name == "jax_fa_hybrid":
+        results += _hybrid_scratch(operands, static["split_size"])
     if op.name in BACKWARD:
         # dq, dk and dv, of which those in the buffer of another are absent, then the others
         buffers = _layout.BUFFERS[static.get("layout", _layout.SEPARATE)]
@@ -81,7 +83,10 @@ def _ffi_call(op, args, static):
 def _decode_scratch(operands):
     """Partial results of the splits, whose number depends on shapes alone."""
     q, v = operands["q"], operands["v"]
-    splits = _jax_fa.decode_splits(*decode_shape(operands))
+    batch, len_q, heads_q, dim = q.shape
+    splits = _jax_fa.decode_splits(
+        batch, len_q, heads_q, v.shape[2], dim, cache_length(operands), decode_key_bytes(operands)
+    )
     rows = (splits, q.shape[0] * q.shape[1], q.shape[2]) if splits > 1 else (0,)
     o = (*rows, v.shape[-1]) if splits > 1 else (0,)
     return [jax.ShapeDtypeStruct(shape, np.float32) for shape in (o, rows)]
@@ -104,12 +109,38 @@ def _backward_scratch(operands, static):
     return [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
 
 
-def decode_shape(operands):
-    """batch, len_q, heads_q, heads_kv, head_dim and the longest row of a decode call."""
-    batch, len_q, heads_q, dim = operands["q"].shape
-    _, size, heads_kv, _ = operands["k"].shape
+def _hybrid_scratch(operands, split_size):
+    """Partial results of the rows that are decoded in parts, which the device chooses."""
+    _, heads_q, dim = operands["q"].shape
+    _, _, heads_kv, dim_v = operands["v"].shape
+    batch = operands["kv_lengths"].shape[0]
+    columns, rows = 0, 0
+    if operands["q"].dtype != np.float32:
+        columns, _ = _jax_fa.packed_scratch(
+            batch, heads_q, heads_kv, dim, cache_length(operands), split_size
+        )
+        rows = batch + 1
+    return [
+        jax.ShapeDtypeStruct((columns, dim_v), np.float32),
+        jax.ShapeDtypeStruct((columns,), np.float32),
+        jax.ShapeDtypeStruct((rows, 2), np.int32),
+    ]
+
+
+def cache_length(operands):
+    """Tokens that a row of a cache holds."""
     table = operands["page_table"].shape
-    return batch, len_q, heads_q, heads_kv, dim, size * table[1] if len(table) == 2 else size
+    return operands["k"].shape[1] * (table[1] if len(table) == 2 else 1)
+
+
+def decode_key_bytes(operands):
+    """Bytes of a cache's element; 0 for what only the general decode kernels read."""
+    k, v = operands["k"], operands["v"]
+    pages = len(operands["page_table"].shape) == 2
+    groups = max(operands[name].shape[-1] for name in ("k_scale", "v_scale"))
+    whole = not pages or k.shape[1] % 16 == 0
+    plain = k.dtype == v.dtype and groups <= 1 and k.shape[-1] * k.dtype.itemsize % 16 == 0
+    return k.dtype.itemsize if whole and plain else 0
 
 
 def _attributes(static):

@@ -71,6 +71,42 @@ def test_decode_splits_bound_scratch_and_leave_work_for_each(head_dim):
             assert length // splits >= 32
 
 
+@pytest.mark.parametrize("key_bytes", [0, 1, 2])
+def test_decode_splits_of_few_keys_stay_whole(key_bytes):
+    for length in (1, 64, 127):
+        assert _jax_fa.decode_splits(4, 1, 32, 8, 128, length, key_bytes) == 1
+
+
+def test_parts_of_packed_rows_take_every_step_once_in_equal_shares():
+    rng = np.random.default_rng(3)
+    candidates = [_jax_fa.part_candidate(i) for i in range(32)]
+    assert candidates == sorted(set(candidates)) and candidates[0] == 64
+    for _ in range(3000):
+        steps, part = int(rng.integers(0, 8192)), int(rng.choice(candidates)) // 16
+        begins = _jax_fa.parts_of_row(steps, part)
+        sizes = np.diff(begins)
+        assert begins[0] == 0 and begins[-1] == steps
+        assert sizes.max() <= part and sizes.max() - sizes.min() <= 1
+        assert steps == 0 or sizes.min() > 0
+
+
+def test_scratch_of_packed_rows_is_bounded_and_holds_a_fixed_split():
+    rng = np.random.default_rng(4)
+    for _ in range(2000):
+        batch, heads_kv = int(rng.integers(1, 2000)), int(rng.choice([1, 2, 8, 32]))
+        group, head_dim = int(rng.choice([1, 3, 4, 8, 16, 40])), int(rng.choice([64, 128, 256]))
+        length, split = int(rng.integers(1, 1 << 17)), int(rng.integers(1, 5000))
+        shape = batch, heads_kv * group, heads_kv, head_dim, length
+        for size in (0, split):
+            columns, part_keys = _jax_fa.packed_scratch(*shape, size)
+            assert columns * (head_dim + 1) * 4 <= 96 << 20
+            assert part_keys >= size and (size == 0) == (part_keys == 0)
+        parts = -(-length // part_keys)
+        row_columns = _jax_fa.decode_max_len_q(group) * group
+        assert parts <= 256
+        assert parts == 1 or parts * batch * heads_kv * row_columns <= columns
+
+
 def test_explain_names_kernels_and_counts_work():
     q = jax.ShapeDtypeStruct((2, 1024, 8, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((2, 1024, 2, 64), jnp.bfloat16)

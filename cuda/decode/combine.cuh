@@ -3,20 +3,20 @@
 #pragma once
 
 #include "decode/fragments.cuh"
+#include "decode/work.cuh"
+#include "launch.cuh"
 #include "params.h"
 #include "ptx.cuh"
 
 namespace jax_fa::decode {
 
-constexpr int kMaxSplits = 256;
-
 // Four dims of one output row, and with the first of them its lse. `lse` is without the sink.
-template <DType kDType>
-__device__ void store_row(const AttentionParams& p, int b, int token, int head, int dim, float4 o,
-                          float lse) {
+template <DType kDType, bool kPacked>
+__device__ void store_row(const AttentionParams& p, const Row<kPacked>& row, int token, int head,
+                          int dim, float4 o, float lse) {
   if (p.sinks) {
     // softmax without a sink keeps the share 1 / (1 + e^(sink - lse)) of what it had
-    const float sink = p.sinks[int64_t(b) * p.heads_q + head];
+    const float sink = p.sinks[int64_t(row.b) * p.heads_q + head];
     const float top = fmaxf(lse, sink);
     const float own = lse == -INFINITY ? 0.f : __expf(lse - top);
     const float all = own + (sink == -INFINITY ? 0.f : __expf(sink - top));
@@ -24,28 +24,34 @@ __device__ void store_row(const AttentionParams& p, int b, int token, int head, 
     o = {o.x * share, o.y * share, o.z * share, o.w * share};
     lse = all == 0.f ? -INFINITY : top + __logf(all);
   }
-  const int64_t row = (int64_t(b) * p.len_q + token) * p.heads_q + head;
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.o) + row * p.head_dim_v + dim) = {
+  const int64_t index = (row.token0 + token) * p.heads_q + head;
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.o) + index * p.head_dim_v + dim) = {
       pack<kDType>(o.x, o.y), pack<kDType>(o.z, o.w)};
-  if (dim == 0 && p.lse) p.lse[b * p.lse_row_stride + head * p.lse_head_stride + token] = lse;
+  if (dim == 0 && p.lse) p.lse[row.lse_offset(p, token, head)] = lse;
+}
+
+// Where in scratch a row of the output has its partials: `parts` of them, from `first` on.
+struct Partials {
+  int64_t first, stride;
+  int parts;
+};
+
+// Of a query of a packed row, whose tasks have `columns` columns each.
+__device__ inline Partials packed_partials_of(const AttentionParams& p, int2 tasks, int columns,
+                                              int len_q, int token, int head) {
+  const int heads_group = p.heads_q / p.heads_kv;
+  const int column = token * heads_group + head % heads_group;
+  const int groups = (len_q * heads_group + columns - 1) / columns;
+  const int64_t task = int64_t(tasks.x + column / columns) * p.heads_kv + head / heads_group;
+  return {task * columns + column % columns, int64_t(groups) * p.heads_kv * columns, tasks.y};
 }
 
 // Four dims of a split's normalized part of an output row, and with the first of them its lse. A
 // split without keys writes the lse alone.
 __device__ inline void store_partial(const AttentionParams& p, const SplitScratch& scratch,
-                                     int split, int b, int token, int head, int dim, float4 o,
-                                     float lse) {
-  const int64_t row = (int64_t(b) * p.len_q + token) * p.heads_q + head;
-  const int64_t part = int64_t(split) * p.total_q * p.heads_q + row;
-  if (lse != -INFINITY) *reinterpret_cast<float4*>(scratch.o + part * p.head_dim_v + dim) = o;
-  if (dim == 0) scratch.lse[part] = lse;
-}
-
-// Lets the combine kernel's blocks take their places while the last of this grid's run.
-__device__ inline void allow_combine() {
-#if __CUDA_ARCH__ >= 900
-  ptx::launch_dependents();
-#endif
+                                     int64_t index, int dim, float4 o, float lse) {
+  if (lse != -INFINITY) *reinterpret_cast<float4*>(scratch.o + index * p.head_dim_v + dim) = o;
+  if (dim == 0) scratch.lse[index] = lse;
 }
 
 __device__ inline float warp_max(float x) {
@@ -60,31 +66,29 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// A block merges one row of the output: kLanes threads span its dims, four each, and kParts such
-// groups take the splits in turn.
+// A block merges rows of the output, one at a time: kLanes threads span its dims, four each, and
+// kParts such groups take the splits in turn.
 template <int kHeadDim, DType kDType>
 struct Combine {
   static constexpr int kLanes = kHeadDim / 4, kParts = 8, kThreads = kLanes * kParts;
-};
 
-// grid (batch x len_q x heads_q)
-template <int kHeadDim, DType kDType>
-__global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
-    combine_kernel(const AttentionParams p, const SplitScratch scratch) {
-  using T = Combine<kHeadDim, kDType>;
-  __shared__ float sWeight[kMaxSplits], sLse;
-  __shared__ float4 sO[T::kParts][T::kLanes];
-#if __CUDA_ARCH__ >= 900
-  ptx::wait_for_previous_grid();
-#endif
-  const int64_t row = blockIdx.x, rows = int64_t(p.total_q) * p.heads_q;
+  struct Shared {
+    float weight[kMaxSplits], lse;
+    float4 o[kParts][kLanes];
+  };
 
-  if (threadIdx.x < 32) {  // weights of the splits, and the row's lse
+  const AttentionParams& p;
+  const SplitScratch& scratch;
+  Shared& shared;
+
+  // The splits' weights, and the row's lse.
+  __device__ void weigh(const Partials& partials) const {
     float lse[kMaxSplits / 32], top = -INFINITY, sum = 0.f;
 #pragma unroll
     for (int i = 0; i < kMaxSplits / 32; ++i) {
-      const int split = i * 32 + threadIdx.x;
-      lse[i] = split < scratch.splits ? scratch.lse[split * rows + row] : -INFINITY;
+      const int part = i * 32 + threadIdx.x;
+      lse[i] =
+          part < partials.parts ? scratch.lse[partials.first + part * partials.stride] : -INFINITY;
       top = fmaxf(top, lse[i]);
     }
     top = warp_max(top);
@@ -96,54 +100,91 @@ __global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
     sum = warp_sum(sum);
 #pragma unroll
     for (int i = 0; i < kMaxSplits / 32; ++i) {
-      const int split = i * 32 + threadIdx.x;
-      if (split < scratch.splits) sWeight[split] = lse[i] == 0.f ? 0.f : lse[i] / sum;
+      const int part = i * 32 + threadIdx.x;
+      if (part < partials.parts) shared.weight[part] = lse[i] == 0.f ? 0.f : lse[i] / sum;
     }
-    if (threadIdx.x == 0) sLse = sum == 0.f ? -INFINITY : top + __logf(sum);
+    if (threadIdx.x == 0) shared.lse = sum == 0.f ? -INFINITY : top + __logf(sum);
   }
-  __syncthreads();  // the weights are there
 
-  const int lane = threadIdx.x % T::kLanes, part = threadIdx.x / T::kLanes, dim = lane * 4;
-  float4 o = {};
-  if (dim < p.head_dim_v) {
+  template <bool kPacked>
+  __device__ void merge(const Partials& partials, const Row<kPacked>& row, int token,
+                        int head) const {
+    if (threadIdx.x < 32) weigh(partials);
+    __syncthreads();  // the weights are there
+    const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes, dim = lane * 4;
+    float4 o = {};
+    if (dim < p.head_dim_v) {
 #pragma unroll 4
-    for (int split = part; split < scratch.splits; split += T::kParts) {
-      const float weight = sWeight[split];
-      if (weight == 0.f) continue;  // perhaps an empty split, which writes no partial
-      const float4 x = __ldcs(
-          reinterpret_cast<const float4*>(scratch.o + (split * rows + row) * p.head_dim_v + dim));
-      o = {o.x + weight * x.x, o.y + weight * x.y, o.z + weight * x.z, o.w + weight * x.w};
+      for (int part = group; part < partials.parts; part += kParts) {
+        const float weight = shared.weight[part];
+        if (weight == 0.f) continue;  // perhaps an empty split, which writes no partial
+        const int64_t index = partials.first + part * partials.stride;
+        const float4 x =
+            __ldcs(reinterpret_cast<const float4*>(scratch.o + index * p.head_dim_v + dim));
+        o = {o.x + weight * x.x, o.y + weight * x.y, o.z + weight * x.z, o.w + weight * x.w};
+      }
+    }
+    shared.o[group][lane] = o;
+    __syncthreads();  // all groups' sums are there
+    if (group == 0 && dim < p.head_dim_v) {
+#pragma unroll
+      for (int i = 1; i < kParts; ++i) {
+        const float4 x = shared.o[i][lane];
+        o = {o.x + x.x, o.y + x.y, o.z + x.z, o.w + x.w};
+      }
+      store_row<kDType>(p, row, token, head, dim, o, shared.lse);
     }
   }
-  sO[part][lane] = o;
-  __syncthreads();  // all parts are there
-  if (part > 0 || dim >= p.head_dim_v) return;
-#pragma unroll
-  for (int i = 1; i < T::kParts; ++i) {
-    const float4 x = sO[i][lane];
-    o = {o.x + x.x, o.y + x.y, o.z + x.z, o.w + x.w};
-  }
-  const int head = row % p.heads_q, token = row / p.heads_q % p.len_q;
-  store_row<kDType>(p, row / p.heads_q / p.len_q, token, head, dim, o, sLse);
+};
+
+// grid (batch x len_q x heads_q)
+template <int kHeadDim, DType kDType>
+__global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
+    combine_kernel(const AttentionParams p, const SplitScratch scratch) {
+  __shared__ typename Combine<kHeadDim, kDType>::Shared shared;
+  ptx::wait_for_previous_grid();
+  const int head = blockIdx.x % p.heads_q, token = blockIdx.x / p.heads_q % p.len_q;
+  const Row<false> row(p, blockIdx.x / p.heads_q / p.len_q);
+  const Partials partials{blockIdx.x, int64_t(p.total_q) * p.heads_q, scratch.splits};
+  Combine<kHeadDim, kDType>{p, scratch, shared}.merge(partials, row, token, head);
 }
+
+// Packed rows: as many blocks as run at once take the heads of rows in several parts.
+template <int kHeadDim, DType kDType>
+__global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
+    packed_combine_kernel(const AttentionParams p, const SplitScratch scratch) {
+  __shared__ typename Combine<kHeadDim, kDType>::Shared shared;
+  ptx::wait_for_previous_grid();
+  const auto [split, columns] = scratch.rows[p.batch];
+  if (!split) return;
+  for (int i = blockIdx.x; i < p.batch * p.heads_q; i += gridDim.x) {
+    const Row<true> row(p, i / p.heads_q);
+    if (row.len_q == 0 || row.len_q > p.max_len_q) continue;
+    const int2 tasks = scratch.rows[row.b];
+    if (tasks.y == 1) continue;
+    const int head = i % p.heads_q;
+    for (int token = 0; token < row.len_q; ++token) {
+      const Partials partials = packed_partials_of(p, tasks, columns, row.len_q, token, head);
+      Combine<kHeadDim, kDType>{p, scratch, shared}.merge(partials, row, token, head);
+      __syncthreads();  // shared memory is free again
+    }
+  }
+}
+
+}  // namespace jax_fa::decode
+
+namespace jax_fa {
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_combine(const AttentionParams& p, const SplitScratch& scratch,
                            cudaStream_t stream) {
-  cudaFuncAttributes compiled;
-  const cudaError_t error = cudaFuncGetAttributes(&compiled, combine_kernel<kHeadDim, kDType>);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute overlap = {};  // only code for sm_90 waits where it must
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = compiled.ptxVersion >= 90;
-
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(p.batch * p.len_q * p.heads_q);
-  config.blockDim = dim3(Combine<kHeadDim, kDType>::kThreads);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, combine_kernel<kHeadDim, kDType>, p, scratch);
+  using T = decode::Combine<kHeadDim, kDType>;
+  constexpr int kPackedBlocks = 1024;  // what an H200 holds at once
+  const int blocks = (p.q_start ? p.batch : p.total_q) * p.heads_q;
+  const auto kernel = p.q_start ? decode::packed_combine_kernel<kHeadDim, kDType>
+                                : decode::combine_kernel<kHeadDim, kDType>;
+  return launch(kernel, dim3(p.q_start ? std::min(blocks, kPackedBlocks) : blocks), T::kThreads, 0,
+                stream, /*beside_previous=*/true, p, scratch);
 }
 
-}  // namespace jax_fa::decode
+}  // namespace jax_fa

@@ -5,15 +5,18 @@
 // of tiles in shared memory (reader.cuh), from which lanes read just what they feed to the mma
 // (fragments.cuh): no warp waits for another.
 //
-// grid (heads_kv x groups of columns, splits, batch). A block takes an equal share of its row's own
-// tiles, its warps take these in turn, each with a softmax of its own. They merge through shared
-// memory; splits merge in a second launch (combine.cuh).
+// A block takes an equal share of its row's own tiles, its warps take these in turn, each with a
+// softmax of its own. They merge through shared memory; splits merge in a second launch
+// (combine.cuh). Dense queries: grid (heads_kv x groups of columns, splits, batch). Packed ones: as
+// many blocks as run at once, each with one task after the other (schedule.cuh).
 #include "decode/combine.cuh"
 #include "decode/consumer.cuh"
 #include "decode/fragments.cuh"
 #include "decode/reader.cuh"
+#include "decode/schedule.cuh"
 #include "decode/splits.h"
 #include "decode/work.cuh"
+#include "launch.cuh"
 #include "params.h"
 #include "ptx.cuh"
 #include "score.cuh"
@@ -25,7 +28,7 @@ template <typename T>
 struct SharedStorage;
 
 template <int kHeadDim_, DType kDType_, typename KeyFormat_, typename ValueFormat_,
-          int kColumnTiles_, bool kWholeTiles_ = true>
+          int kColumnTiles_, bool kWholeTiles_ = true, int kWarps_ = decode_warps(kColumnTiles_)>
 struct Traits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr DType kDType = kDType_;
@@ -34,14 +37,12 @@ struct Traits {
 
   static constexpr bool kWholeTiles = kWholeTiles_;
   static constexpr int kColumnTiles = kColumnTiles_, kColumns = kColumnTiles * 8;
-  static constexpr int kWarps = decode_warps(kColumnTiles), kThreads = kWarps * 32;
-  // Steps of a warp in flight or in use. A step is an mma tile of 16 keys, or two where one would
-  // be less than 4 KB of 16-bit elements: shared memory then holds 12 warps with twice 8 KB, more
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
+  // Steps of a warp in flight or in use: shared memory then holds 12 warps with twice 8 KB, more
   // than the 40 KB that an H200's SM needs in flight. 8-bit caches gain more from 16 warps.
   static constexpr int kStages = 2;
-  static constexpr int kKeyTiles =
-      kHeadDim <= 64 && kColumnTiles <= 2 && !KeyFormat::kTokenScale ? 2 : 1;
-  static constexpr int kStepKeys = kKeyTiles * 16;
+  static constexpr int kStepKeys = decode_step_keys(kHeadDim, kColumnTiles, KeyFormat::kTokenScale);
+  static constexpr int kKeyTiles = kStepKeys / 16;
   static constexpr int kMinBlocks =
       kColumnTiles == 4 || kHeadDim > 128 ? 2 : 12 / kWarps;  // 12 warps: 168 registers each
 
@@ -69,12 +70,14 @@ struct SharedStorage {
   uint2 q[T::kQSteps][T::kColumnTiles][32];  // B fragments, by lane
   float max_log2[T::kWarps][T::kColumns], sum[T::kWarps][T::kColumns];
   Column columns[T::kColumns];
+  ScheduleState<T> schedule;  // packed rows
+  Task task;
 };
 
 // Q^T as B fragments. Lane (g, c) of step i holds, for column g, the four dims that lane (., c)
 // takes from a row of K in step i. Columns and dims that do not exist are zero.
-template <typename T>
-__device__ void load_q(SharedStorage<T>& smem, const AttentionParams& p, int b) {
+template <typename T, bool kPacked>
+__device__ void load_q(SharedStorage<T>& smem, const AttentionParams& p, const Row<kPacked>& row) {
   using Format = typename T::KeyFormat;
   constexpr int kStepsPerVector = Format::kElements / 4;
   uint2* const sQ = &smem.q[0][0][0];
@@ -85,8 +88,8 @@ __device__ void load_q(SharedStorage<T>& smem, const AttentionParams& p, int b) 
         (step / kStepsPerVector * 4 + lane % 4) * Format::kElements + step % kStepsPerVector * 4;
     uint2 x = {};
     if (column.token >= 0 && dim < p.head_dim) {
-      const int64_t offset = (int64_t(b) * p.len_q + column.token) * p.q_token_stride +
-                             column.head * p.q_head_stride + dim;
+      const int64_t offset =
+          (row.token0 + column.token) * p.q_token_stride + column.head * p.q_head_stride + dim;
       x = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.q) + offset));
       if constexpr (Format::kMma != T::kDType) {
         const float2 lo = unpack<T::kDType>(x.x), hi = unpack<T::kDType>(x.y);
@@ -97,11 +100,13 @@ __device__ void load_q(SharedStorage<T>& smem, const AttentionParams& p, int b) 
   }
 }
 
-// Sums the warps' parts: four dims of a column a thread. Without splits this is the result.
-template <typename T>
+// Sums the warps' parts: four dims of a column a thread. Of a row in one part this is the result.
+template <typename T, bool kPacked>
 __device__ void merge_and_store(const SharedStorage<T>& smem, const AttentionParams& p,
-                                const SplitScratch& scratch, int b, int split) {
+                                const SplitScratch& scratch, const Row<kPacked>& row,
+                                const Task& task) {
   constexpr int kVectors = T::kHeadDim / 4;
+#pragma unroll T::kWarps == kWideWarps ? 1 : 4
   for (int i = threadIdx.x; i < T::kColumns * kVectors; i += T::kThreads) {
     const int c = i / kVectors, dim = i % kVectors * 4;
     const Column& column = smem.columns[c];
@@ -120,28 +125,38 @@ __device__ void merge_and_store(const SharedStorage<T>& smem, const AttentionPar
     const float lse = sum == 0.f ? -INFINITY : (max_log2 + ptx::log2(sum)) * kLn2;
     const float inverse = sum == 0.f ? 0.f : 1.f / sum;
     o = {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse};
-    if (scratch.splits > 1) {
-      store_partial(p, scratch, split, b, column.token, column.head, dim, o, lse);
+    if (task.parts == 1) {
+      store_row<T::kDType>(p, row, column.token, column.head, dim, o, lse);
     } else {
-      store_row<T::kDType>(p, b, column.token, column.head, dim, o, lse);
+      const int64_t token = int64_t(task.part) * p.total_q + row.token0 + column.token;
+      store_partial(
+          p, scratch,
+          kPacked ? int64_t(task.index) * T::kColumns + c : token * p.heads_q + column.head, dim, o,
+          lse);
     }
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(T::kThreads, T::kMinBlocks)
-    decode_kernel(const AttentionParams p, const SplitScratch scratch) {
-  extern __shared__ __align__(16) char smem_bytes[];
-  auto& smem = *reinterpret_cast<SharedStorage<T>*>(smem_bytes);
-  allow_combine();
-
-  const int b = blockIdx.z, split = blockIdx.y;
-  const int head_kv = blockIdx.x % p.heads_kv, column_group = blockIdx.x / p.heads_kv;
-  const IntervalMask mask = row_mask(p, b);
-  const Share share(mask, p.len_q, T::kStepKeys, split, scratch.splits);
-  const RowKeys<T::kWholeTiles> keys(p.kv, b, share.any);
+template <typename T, bool kPacked>
+__device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionParams& p,
+                                       const SplitScratch& scratch, const Task& task) {
+  const int b = task.b, head_kv = task.head_kv;
   const typename T::KeyReader key_reader(p.k, p.kv, b, head_kv, p.head_dim);
   const typename T::ValueReader value_reader(p.v, p.kv, b, head_kv, p.head_dim_v);
+  if (T::kWarps == kWideWarps && !p.kv.page_table && !p.kv.rows && task.parts == 1 &&
+      p.window_left < 0) {
+    // a row in one piece: its first keys are on their way while its length is
+#pragma unroll
+    for (int i = 0; i < T::kStages; ++i) {
+      const int key0 = (threadIdx.x / 32 + i * T::kWarps) * T::kStepKeys;
+      key_reader.prefetch(key0, T::kStepKeys, p.kv.len_kv);
+      value_reader.prefetch(key0, T::kStepKeys, p.kv.len_kv);
+    }
+  }
+  const Row<kPacked> row(p, b);
+  const IntervalMask mask = row.mask(p);
+  const Share share(mask, row.len_q, T::kStepKeys, task.part, task.parts);
+  const RowKeys<T::kWholeTiles> keys(p.kv, b, share.any);
   Stage<T>* const stages = smem.stages[threadIdx.x / 32];
   int pages[T::kKeyTiles];  // of the next step to copy, looked up early
   const auto find_pages = [&](int step) {
@@ -165,14 +180,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kMinBlocks)
 
   int step = share.first_step + threadIdx.x / 32, stage = 0;
   if (step < share.end_step) find_pages(step);
-#pragma unroll
+#pragma unroll T::kWarps == kWideWarps ? 1 : T::kStages  // few blocks wait for cold instructions
   for (int i = 0; i < T::kStages; ++i) copy(step + i * T::kWarps, i);
   if (threadIdx.x < T::kColumns) {
-    const int i = column_group * T::kColumns + threadIdx.x;
-    smem.columns[threadIdx.x] = make_column(p, mask, head_kv, i);
+    const int i = task.column_group * T::kColumns + threadIdx.x;
+    smem.columns[threadIdx.x] = make_column(p, row, mask, head_kv, i);
   }
   __syncthreads();  // columns are known
-  load_q(smem, p, b);
+  load_q(smem, p, row);
   __syncthreads();  // Q is in shared memory
 
   Consumer<T> consumer(smem);
@@ -180,7 +195,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kMinBlocks)
     const int key0 = step * T::kStepKeys;
     ptx::cp_async_wait<T::kStages - 1>();
     __syncwarp();  // this step's copies, by all lanes, are there
-    const Stage<T>& now = stages[stage];
+    Stage<T>& now = stages[stage];
+    if constexpr (T::KeyFormat::kGroupShare) {
+      const int row = threadIdx.x % 16;
+      if (threadIdx.x % 32 < 16) key_reader.share_scales(now.keys[0], row);
+      if (threadIdx.x % 32 >= 16) value_reader.share_scales(now.values[0], row);
+      __syncwarp();  // the shares, by all lanes, are there
+    }
     typename Consumer<T>::Scores s = {};
     typename Consumer<T>::TokenScales k_scale, v_scale;
 #pragma unroll
@@ -206,40 +227,110 @@ __global__ void __launch_bounds__(T::kThreads, T::kMinBlocks)
   __syncthreads();  // no warp reads its queue any more: the merge takes its place
   consumer.publish(smem);
   __syncthreads();  // all warps' parts are in shared memory
-  merge_and_store(smem, p, scratch, b, split);
+  merge_and_store(smem, p, scratch, Row<kPacked>(p, task.b), task);
 }
 
 template <typename T>
-cudaError_t launch(const AttentionParams& p, const SplitScratch& scratch, cudaStream_t stream) {
+__global__ void __launch_bounds__(T::kThreads, T::kMinBlocks)
+    decode_kernel(const AttentionParams p, const SplitScratch scratch) {
+  extern __shared__ __align__(16) char smem_bytes[];
+  auto& smem = *reinterpret_cast<SharedStorage<T>*>(smem_bytes);
+  ptx::launch_dependents();  // the next grid's blocks take the places that the last of these leave
+  const int head_kv = blockIdx.x % p.heads_kv, column_group = blockIdx.x / p.heads_kv;
+  attend<T, false>(smem, p, scratch,
+                   {int(blockIdx.z), head_kv, column_group, int(blockIdx.y), scratch.splits, 0});
+}
+
+// Registers: 128 where they suffice, so that half of the blocks leave a prefill block its 255; with
+// two tiles of columns, what three blocks an SM can have would not.
+template <typename T>
+constexpr int kPackedBlocks =
+    T::kColumnTiles == 2                                                 ? 2
+    : T::kWholeTiles && !T::KeyFormat::kGroupScale && T::kHeadDim <= 128 ? 8
+                                                                         : T::kMinBlocks;
+
+template <typename T>
+__global__ void __launch_bounds__(T::kThreads, kPackedBlocks<T>)
+    packed_decode_kernel(const AttentionParams p, const SplitScratch scratch) {
+  extern __shared__ __align__(16) char smem_bytes[];
+  auto& smem = *reinterpret_cast<SharedStorage<T>*>(smem_bytes);
+  ptx::launch_dependents();
+  start_schedule(smem.schedule, p, scratch);
+  while (true) {
+    if (threadIdx.x < 32) next_task(smem.schedule, smem.task, p, scratch);
+    __syncthreads();  // the task is known
+    if (smem.task.b == p.batch) return;
+    attend<T, true>(smem, p, scratch, smem.task);
+    __syncthreads();  // shared memory is free again
+  }
+}
+
+template <typename T>
+cudaError_t launch_dense(const AttentionParams& p, const SplitScratch& scratch,
+                         cudaStream_t stream) {
   const int columns = p.heads_q / p.heads_kv * p.len_q;
   const dim3 grid(p.heads_kv * ((columns + T::kColumns - 1) / T::kColumns), scratch.splits,
                   p.batch);
-  constexpr int kSharedBytes = sizeof(SharedStorage<T>);
-  cudaError_t error = cudaFuncSetAttribute(
-      decode_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
-  decode_kernel<T><<<grid, T::kThreads, kSharedBytes, stream>>>(p, scratch);
-  error = cudaGetLastError();
+  const cudaError_t error = launch(decode_kernel<T>, grid, T::kThreads, sizeof(SharedStorage<T>),
+                                   stream, /*beside_previous=*/false, p, scratch);
   if (error != cudaSuccess || scratch.splits == 1) return error;
   return launch_combine<T::kHeadDim, T::kDType>(p, scratch, stream);
+}
+
+template <typename T>
+cudaError_t launch_packed(const AttentionParams& p, const SplitScratch& scratch,
+                          cudaStream_t stream) {
+  const auto kernel = packed_decode_kernel<T>;
+  constexpr int kSharedBytes = sizeof(SharedStorage<T>);
+  int device = 0, multiprocessors = 0, blocks = 0;
+  cudaFuncAttributes compiled = {};
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess) error = make_room(kernel);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, T::kThreads, kSharedBytes);
+  }
+  if (error != cudaSuccess) return error;
+  // room is half of the registers; before sm_90 launches do not overlap
+  const bool leaves_room = scratch.leaves_room && compiled.ptxVersion >= 90;
+  const int few = std::clamp((32 << 10) / (compiled.numRegs * T::kThreads), 1, blocks);
+  SplitScratch shared = scratch;
+  shared.workers = multiprocessors * (leaves_room ? few : blocks);
+  return launch(kernel, dim3(multiprocessors * blocks), T::kThreads, kSharedBytes, stream,
+                /*beside_previous=*/false, p, shared);
+}
+
+template <typename T>
+cudaError_t launch_one(const AttentionParams& p, const SplitScratch& scratch, cudaStream_t stream) {
+  return p.q_start ? launch_packed<T>(p, scratch, stream) : launch_dense<T>(p, scratch, stream);
 }
 
 template <int kHeadDim, DType kDType, typename KeyFormat, typename ValueFormat>
 cudaError_t launch_columns(const AttentionParams& p, const SplitScratch& scratch,
                            cudaStream_t stream) {
-  constexpr int kMost = decode_column_tiles(kHeadDim, 1 << 20);
-  const int tiles = decode_column_tiles(kHeadDim, p.heads_q / p.heads_kv * p.len_q);
-  if constexpr (kMost >= 4) {
-    if (tiles == 4) {
-      return launch<Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 4>>(p, scratch, stream);
-    }
+  using One = Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 1>;
+  using Two = Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 2>;
+  const int heads_group = p.heads_q / p.heads_kv;
+  if (p.q_start) {
+    return packed_column_tiles(heads_group) == 1 ? launch_packed<One>(p, scratch, stream)
+                                                 : launch_packed<Two>(p, scratch, stream);
   }
-  if constexpr (kMost >= 2) {
-    if (tiles == 2) {
-      return launch<Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 2>>(p, scratch, stream);
-    }
+  const int tiles = decode_column_tiles(kHeadDim, heads_group * p.len_q);
+  if constexpr (kHeadDim <= 128) {
+    using Wide = Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 1, true, kWideWarps>;
+    using Four = Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 4>;
+    const DecodeSplit split = decode_split(p.batch, p.len_q, p.heads_q, p.heads_kv, p.head_dim,
+                                           p.kv.len_kv, KeyFormat::kBytes / KeyFormat::kElements);
+    if (split.warps == kWideWarps) return launch_dense<Wide>(p, scratch, stream);
+    if (tiles == 4) return launch_dense<Four>(p, scratch, stream);
   }
-  return launch<Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 1>>(p, scratch, stream);
+  return tiles == 1 ? launch_dense<One>(p, scratch, stream) : launch_dense<Two>(p, scratch, stream);
 }
 
 // Whether all rows of x are aligned for copies of `bytes`.
@@ -277,11 +368,15 @@ cudaError_t launch_decode(const AttentionParams& p, const SplitScratch& scratch,
   if (k_float && v_float && whole_tiles) {
     return launch_columns<kHeadDim, kDType, Float, Float>(p, scratch, stream);
   }
-  if (whole_tiles && p.k.dtype == p.v.dtype && p.k.groups <= 1 && p.v.groups <= 1 &&
-      rows_aligned(p.k, p.head_dim, 16) && rows_aligned(p.v, p.head_dim_v, 16)) {
+  if (whole_tiles && p.k.dtype == p.v.dtype && rows_aligned(p.k, p.head_dim, 16) &&
+      rows_aligned(p.v, p.head_dim_v, 16)) {
     const auto same = [&]<DType kCache>() {
       using Format = Byte<kCache, kBytes>;
-      return launch_columns<kHeadDim, kDType, Format, Format>(p, scratch, stream);
+      using Grouped = GroupedByte<kCache>;
+      if (p.k.groups <= 1 && p.v.groups <= 1) {
+        return launch_columns<kHeadDim, kDType, Format, Format>(p, scratch, stream);
+      }
+      return launch_one<Traits<kHeadDim, kDType, Grouped, Grouped, 1>>(p, scratch, stream);
     };
     switch (p.k.dtype) {
       case DType::kInt8:
@@ -295,7 +390,8 @@ cudaError_t launch_decode(const AttentionParams& p, const SplitScratch& scratch,
     }
   }
   const auto general = [&]<typename KeyFormat, typename ValueFormat>() {
-    return launch<Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 1, false>>(p, scratch, stream);
+    return launch_one<Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 1, false>>(p, scratch,
+                                                                                  stream);
   };
   if (k_float && v_float) return general.template operator()<Float, Float>();
   if (k_float) return general.template operator()<Float, Any>();
@@ -306,5 +402,8 @@ cudaError_t launch_decode(const AttentionParams& p, const SplitScratch& scratch,
 template cudaError_t launch_decode<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const AttentionParams&,
                                                                          const SplitScratch&,
                                                                          cudaStream_t);
+template cudaError_t launch_combine<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const AttentionParams&,
+                                                                          const SplitScratch&,
+                                                                          cudaStream_t);
 
 }  // namespace jax_fa

@@ -81,6 +81,7 @@ __device__ __forceinline__ uint32_t interleave(uint32_t x, uint32_t y, int i) {
 //   kMma            what their values become, and so what queries and probabilities must be
 //   kTokenScale     may have a scale for a row, which multiplies scores and probabilities
 //   kGroupScale     may have scales for groups of dims, which multiply elements
+//   kGroupShare     as halves, of the row's largest, which then is the row's scale
 //   Lane            a lane's part of one row: kElements elements, kBytes bytes
 //   kCopyBytes      what rows are aligned to
 //   along(x, i)     elements 4i .. 4i + 3 of one row
@@ -94,7 +95,7 @@ struct alignas(kSize) Bytes {
 template <DType kDType>
 struct Float16 {
   static constexpr DType kMma = kDType;
-  static constexpr bool kTokenScale = false, kGroupScale = false;
+  static constexpr bool kTokenScale = false, kGroupScale = false, kGroupShare = false;
   static constexpr int kBytes = 16, kElements = 8, kCopyBytes = 16;
 
   struct Lane {
@@ -116,7 +117,7 @@ struct Float16 {
 template <DType kDType, int kLaneBytes>
 struct Byte {
   static constexpr DType kMma = DType::kF16;
-  static constexpr bool kTokenScale = true, kGroupScale = false;
+  static constexpr bool kTokenScale = true, kGroupScale = false, kGroupShare = false;
   static constexpr int kBytes = kLaneBytes, kElements = kLaneBytes, kCopyBytes = 16;
 
   struct Lane {
@@ -137,13 +138,48 @@ struct Byte {
   }
 };
 
+// 8-bit caches whose dtype is known when compiled, with scales for groups. A share of the row's
+// largest scale is at most 1: halves hold it well where it matters.
+template <DType kDType>
+struct GroupedByte {
+  static constexpr DType kMma = DType::kF16;
+  static constexpr bool kTokenScale = true, kGroupScale = true, kGroupShare = true;
+  static constexpr int kBytes = 8, kElements = 8, kCopyBytes = 16;
+
+  struct Lane {
+    Bytes<kBytes> x;
+    float scale;  // bits of a pair of halves
+  };
+
+  __device__ explicit GroupedByte(const KvTensor&) {}
+
+  __device__ uint2 along(const Lane& a, int i) const {
+    return multiply(Byte<kDType, 8>::widen(a.x.words[i]), __float_as_uint(a.scale));
+  }
+  __device__ uint2 across(const Lane& a, const Lane& b, int i) const {
+    const uint32_t scales = __byte_perm(__float_as_uint(a.scale), __float_as_uint(b.scale), 0x5410);
+    return multiply(Byte<kDType, 8>::widen(interleave(a.x.words[i / 2], b.x.words[i / 2], i % 2)),
+                    scales);
+  }
+
+ private:
+  static __device__ uint2 multiply(uint2 x, uint32_t scales) {
+    const auto one = [&](uint32_t pair) {
+      const __half2 y =
+          __hmul2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(scales));
+      return reinterpret_cast<const uint32_t&>(y);
+    };
+    return {one(x.x), one(x.y)};
+  }
+};
+
 // The slow way for all other 8-bit caches: the dtype is looked up, elements are scaled by their
 // group and rounded to the queries' dtype, whose range the original had. Without groups that is
 // exact, and a scale for the row is applied as above.
 template <DType kDType>
 struct AnyByte {
   static constexpr DType kMma = kDType;
-  static constexpr bool kTokenScale = true, kGroupScale = true;
+  static constexpr bool kTokenScale = true, kGroupScale = true, kGroupShare = false;
   static constexpr int kBytes = 8, kElements = 8, kCopyBytes = 8;
 
   struct Lane {

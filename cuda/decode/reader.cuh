@@ -18,7 +18,7 @@ namespace jax_fa::decode {
 struct KeyTile {
   int key0;
   int first;        // key0, or that of the nearest tile with keys that may be read
-  int page, token;  // of `first`
+  int page, token;  // of `first`; where pages are of any size, of key lane % 16 of the tile
   bool full;        // all its keys may be read, and follow each other
 };
 
@@ -42,26 +42,34 @@ struct RowKeys {
 
   __device__ int inside(int key) const { return min(max(key, lo), last); }
 
-  // The page that holds the tile at key0; 0 if contiguous, or if its keys may lie in several.
+  // The page that holds the tile at key0, or that holds the lane's key of it; 0 if contiguous.
   __device__ int find_page(int key0) const {
-    return kWholeTiles && pages ? __ldg(pages + page_index(first(key0))) : 0;
+    if (!pages) return 0;
+    return __ldg(pages + (kWholeTiles ? page_index(first(key0)) : lane_key(key0) / page_size));
   }
 
   __device__ KeyTile tile(int key0, int page) const {
+    if constexpr (!kWholeTiles) {
+      const int key = lane_key(key0);
+      return {key0, key0, page, pages ? key % page_size : key, false};
+    }
     const int start = first(key0);
     return {key0, start, page, start - page_index(start) * page_tiles * 16,
-            kWholeTiles && key0 >= lo && key0 + 15 <= last};
+            key0 >= lo && key0 + 15 <= last};
   }
 
+  // By all lanes of a warp.
   __device__ KvSlot slot(const KeyTile& tile, int i) const {
-    const int key = inside(tile.key0 + i);
-    if constexpr (kWholeTiles) return {tile.page, tile.token + (key - tile.first)};
-    if (!pages) return {0, key};
-    return {pages[key / page_size], key % page_size};
+    if constexpr (!kWholeTiles) {
+      return {__shfl_sync(~0u, tile.page, i), __shfl_sync(~0u, tile.token, i)};
+    }
+    return {tile.page, tile.token + (inside(tile.key0 + i) - tile.first)};
   }
 
  private:
   __device__ int first(int key0) const { return inside(key0) & ~15; }
+
+  __device__ int lane_key(int key0) const { return inside(key0 + threadIdx.x % 16); }
 
   // exact: a tile's number is below 2^27 and page_tiles at most 16
   __device__ int page_index(int key) const { return __umulhi(key / 16 * 2, inverse); }
@@ -82,12 +90,15 @@ struct RowReader {
   static constexpr int kRowSlots = (kVectors * kChunk * kElementBytes / 16 + 7) / 8 * 8;
   // beyond kHeadDim nothing is written: that may reach rows of O^T that are not stored, not scores
   static_assert(kLanes == 8 || kVectors * kChunk == kHeadDim);
-  static constexpr int kGroups = Format::kGroupScale ? kRowSlots * 16 / Format::kBytes : 0;
+  static constexpr int kGroups = !Format::kGroupScale  ? 0
+                                 : Format::kGroupShare ? kHeadDim / 8
+                                                       : kRowSlots * 16 / Format::kBytes;
 
   // A tile in shared memory. Dims past head_dim are zero up to kHeadDim.
   struct Tile {
-    Bytes<16> slots[16][kRowSlots];                            // permuted: see at()
-    float group_scale[Format::kGroupScale ? 16 : 0][kGroups];  // of each vector
+    Bytes<16> slots[16][kRowSlots];  // permuted: see at()
+    // of groups for kGroupShare, else of vectors; padded: lanes read rows g at once
+    float group_scale[Format::kGroupScale ? 16 : 0][kGroups + 1];
     float token_scale[Format::kTokenScale ? 16 : 0];
   };
 
@@ -96,16 +107,28 @@ struct RowReader {
   const char* data;
   const float* scale;  // or null
   int token_bytes, head_dim;
+  uint32_t vector_groups;  // 2^16 vectors / vectors of a group, rounded up
 
   __device__ RowReader(const KvTensor& tensor, const KvIndex& index, int b, int head, int head_dim)
       : tensor(tensor),
         format(tensor),
         token_bytes(int(tensor.token_stride) * kElementBytes),
-        head_dim(head_dim) {
+        head_dim(head_dim),
+        vector_groups(((Format::kElements << 16) * tensor.groups + head_dim - 1) / head_dim) {
     const KvRow row(index, b, tensor.rows);
     const KvSlot origin = {row.row, row.start};
     data = static_cast<const char*>(tensor.data) + kv_offset(tensor, origin, head) * kElementBytes;
     scale = tensor.scale ? tensor.scale + scale_offset(tensor, origin, head) : nullptr;
+  }
+
+  // Asks L2 for keys of a contiguous row, as far as it has any, by all lanes of a warp.
+  __device__ void prefetch(int key0, int keys, int len_kv) const {
+    constexpr int kLine = 128, kLines = (kHeadDim * kElementBytes + kLine - 1) / kLine;
+    for (int i = lane(); i < keys * kLines; i += 32) {
+      const int key = key0 + i / kLines, byte = i % kLines * kLine;
+      if (key >= len_kv || byte >= head_dim * kElementBytes) continue;
+      ptx::prefetch_l2(data + int64_t(key) * token_bytes + byte);
+    }
   }
 
   // By all lanes of a warp; reads, by any of them, must wait for all.
@@ -113,16 +136,17 @@ struct RowReader {
     if (tile.full) {
       const char* const tile_data = data + tile.page * (tensor.row_stride * kElementBytes) +
                                     int64_t(tile.token) * token_bytes;
-      copy_rows(sTile, [&](int row) { return tile_data + row * token_bytes; });
+      copy_rows<true>(sTile, [&](int row) { return tile_data + row * token_bytes; });
     } else {
-      copy_rows(sTile, [&](int row) {
+      copy_rows<!kWholeTiles>(sTile, [&](int row) {
         return data + kv_offset(tensor, keys.slot(tile, row), 0) * kElementBytes;
       });
     }
     if constexpr (Format::kTokenScale) {
-      if (has_token_scale() && lane() < 16) {
+      const KvSlot slot = keys.slot(tile, lane() % 16);
+      if (scale && tensor.groups <= 1 && lane() < 16) {
         ptx::cp_async_4(ptx::shared_address(&sTile.token_scale[lane()]),
-                        scale + scale_offset(tensor, keys.slot(tile, lane()), 0), 4);
+                        scale + scale_offset(tensor, slot, 0), 4);
       }
     }
     if constexpr (Format::kGroupScale) {
@@ -137,10 +161,29 @@ struct RowReader {
     const int vector = i * kLanes + (kLanes == 4 ? lane() % 4 : lane() / 4);
     Lane x;
     x.x = *reinterpret_cast<const Bytes<Format::kBytes>*>(at(sTile, key, vector * Format::kBytes));
-    if constexpr (Format::kGroupScale) {
+    if constexpr (Format::kGroupShare) {
+      const int group = vector * vector_groups >> 16;
+      x.scale = tensor.groups > 1 ? sTile.group_scale[key][group] : __uint_as_float(0x3c003c00);
+    } else if constexpr (Format::kGroupScale) {
       x.scale = tensor.groups > 1 ? sTile.group_scale[key][vector] : 1.f;
     }
     return x;
+  }
+
+  // From groups' scales to shares of the largest, which becomes the row's scale.
+  __device__ void share_scales(Tile& sTile, int row) const {
+    if (tensor.groups <= 1) return;
+    float* const sScale = sTile.group_scale[row];
+    float largest = 0.f;
+#pragma unroll 4
+    for (int i = 0; i < tensor.groups; ++i) largest = fmaxf(largest, fabsf(sScale[i]));
+    const float inverse = largest > 0.f ? 1.f / largest : 0.f;
+#pragma unroll 4
+    for (int i = 0; i < tensor.groups; ++i) {
+      const __half2 share = __float2half2_rn(sScale[i] * inverse);
+      sScale[i] = reinterpret_cast<const float&>(share);
+    }
+    sTile.token_scale[row] = largest;
   }
 
   // Of keys g (half 0) and g + 8.
@@ -154,7 +197,9 @@ struct RowReader {
  private:
   static __device__ int lane() { return threadIdx.x % 32; }
 
-  __device__ bool has_token_scale() const { return scale && tensor.groups <= 1; }
+  __device__ bool has_token_scale() const {
+    return scale && (tensor.groups <= 1 || Format::kGroupShare);
+  }
 
   // Slots of a row are permuted so that lanes of one read hit different banks: the rows that these
   // read together differ in their lowest bits for K, and in the bits above the lowest for V.
@@ -168,10 +213,11 @@ struct RowReader {
            byte % 16;
   }
 
-  template <typename Source>
+  // kUnroll: little of what seldom runs, as a cold kernel waits for its instructions too
+  template <bool kUnroll, typename Source>
   __device__ void copy_rows(Tile& sTile, Source source) const {
     constexpr int kCopies = kHeadDim * kElementBytes / kCopyBytes;  // of a row
-#pragma unroll
+#pragma unroll kUnroll ? kCopies * 16 / 32 : 4
     for (int i = 0; i < kCopies * 16; i += 32) {
       const int row = (i + lane()) / kCopies, byte = (i + lane()) % kCopies * kCopyBytes;
       const char* const src = source(row) + byte;
@@ -187,14 +233,21 @@ struct RowReader {
 
   __device__ void copy_group_scales(Tile& sTile, const RowKeys<kWholeTiles>& keys,
                                     const KeyTile& tile) const {
+    if constexpr (Format::kGroupShare) {
+      const int row = lane() % 16;
+      const float* const gScale = scale + scale_offset(tensor, keys.slot(tile, row), 0);
+      for (int i = lane() / 16; i < tensor.groups; i += 2) {
+        ptx::cp_async_4(ptx::shared_address(&sTile.group_scale[row][i]), gScale + i, 4);
+      }
+    } else {
 #pragma unroll
-    for (int i = 0; i < kGroups * 16; i += 32) {
-      const int row = (i + lane()) / kGroups, vector = (i + lane()) % kGroups;
-      const int dim = min(vector * Format::kElements, head_dim - 1);
-      ptx::cp_async_4(
-          ptx::shared_address(&sTile.group_scale[row][vector]),
-          scale + scale_offset(tensor, keys.slot(tile, row), 0) + dim * tensor.groups / head_dim,
-          4);
+      for (int i = 0; i < kGroups * 16; i += 32) {
+        const int row = (i + lane()) / kGroups, vector = (i + lane()) % kGroups;
+        const int dim = min(vector * Format::kElements, head_dim - 1);
+        const float* const gScale = scale + scale_offset(tensor, keys.slot(tile, row), 0);
+        ptx::cp_async_4(ptx::shared_address(&sTile.group_scale[row][vector]),
+                        gScale + dim * tensor.groups / head_dim, 4);
+      }
     }
   }
 };

@@ -1,11 +1,17 @@
-// How a decode is divided: columns over blocks, keys over splits. Static shapes decide, so that
-// scratch can be sized when a program is traced, on a machine with any or no GPU.
+// How a decode is divided: columns over blocks, keys over splits. Dense queries are divided by
+// static shapes, so that scratch can be sized when a program is traced, on a machine with any or no
+// GPU; packed rows (schedule.cuh) by their lengths on the device, within scratch of a static size.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace jax_fa {
+
+constexpr int kMaxSplits = 256;
 
 // Query columns (heads of a group x tokens) that one block carries, in mma tiles of 8: as many as
 // their accumulators leave registers for.
@@ -17,43 +23,155 @@ constexpr int decode_column_tiles(int head_dim, int columns) {
 // 56 us with 2 warps and 74 with 4 (H200). Many columns come with few blocks, which need the warps.
 constexpr int decode_warps(int column_tiles) { return column_tiles == 1 ? 2 : 4; }
 
+// Where there is no more than a block for each multiprocessor, it reads with so many, up to so many
+// keys times the bytes of an element: beyond, more bytes in flight count for more.
+constexpr int kWideWarps = 8, kWideKeys = 1024;
+
+// Keys of a step of a warp: an mma tile of 16, or two where one would be less than 4 KB of 16-bit
+// elements.
+constexpr int decode_step_keys(int head_dim, int column_tiles, bool byte_keys) {
+  return head_dim <= 64 && column_tiles <= 2 && !byte_keys ? 32 : 16;
+}
+
+constexpr int kMultiprocessors = 132;  // of an H200
+
+// Blocks that they hold at once, as shared memory allows for 16-bit keys, registers for bytes.
+constexpr int decode_slots(int head_dim, int column_tiles, int warps, int key_bytes = 2) {
+  const int dims = key_bytes == 1 && column_tiles == 1 ? 2048 : 1536;  // of all warps' keys
+  const int blocks = dims / (warps * std::max(head_dim, 128));
+  return kMultiprocessors * (column_tiles == 4 ? 2 : std::max(blocks, 1));
+}
+
+// A model of the time on an H200, in microseconds: waves of blocks at the memory's rate, what a
+// block spends beside reading, and the second launch with its partials.
+struct DecodeModel {
+  static constexpr float kReadBytes = 4.5e6f, kCombine = 4;  // bytes a us; us
+  static constexpr float kLatency = 1;                       // us from a copy to its arrival
+
+  int slots;        // blocks that run at once
+  float key_bytes;  // of a key and its value, of one head
+  int block_keys;   // that a block could read while it starts, merges and ends
+  int flight_keys;  // that a block has in flight
+
+  // `blocks` read `keys` keys in all, none more than `longest`; partials are float32.
+  __host__ __device__ float time(float blocks, float keys, float longest,
+                                 float partial_bytes) const {
+    const float waves = blocks / slots, rest = waves - int(waves);
+    // few blocks leave memory idle: the last wave takes 0.3 + 0.7 * rest of a full one
+    const float idle = rest == 0 ? 0 : 0.3f * (1 - rest) * (longest + block_keys);
+    const float rate = slots * key_bytes / kReadBytes;
+    const float read = ((keys + blocks * block_keys) / slots + idle) * rate;
+    const float wait = ceilf(longest / flight_keys) * kLatency;
+    const float combine = partial_bytes > 0 ? kCombine + 2 * partial_bytes / kReadBytes : 0;
+    return fmaxf(read, wait) + combine;
+  }
+};
+
+constexpr int kMinSplitKeys = 64;  // two steps of each of two warps
+
 // Bytes of float32 partials and lse that `splits` splits need.
 constexpr int64_t decode_scratch_bytes(int splits, int64_t total_q, int heads_q, int head_dim_v) {
   return splits == 1 ? 0 : splits * total_q * heads_q * (head_dim_v + 1) * 4;
 }
 
-// The count that minimizes a model of the time on an H200, in microseconds, of a 16-bit cache whose
-// rows are full: waves of blocks at the memory's rate, what a block spends beside reading, and the
-// second launch with its partials.
-constexpr int decode_splits(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
-                            int64_t max_len_kv) {
-  constexpr int kMaxSplits = 256, kMinKeys = 64;  // kMinKeys: two steps of each of two warps
+struct DecodeSplit {
+  int warps, splits;
+};
+
+// What the model likes best for dense queries over a cache of full rows. key_bytes: of an element;
+// 0 for what only the general kernels read.
+inline DecodeSplit decode_split(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
+                                int64_t max_len_kv, int key_bytes) {
   constexpr int64_t kScratchBytes = 64 << 20;
-  constexpr double kReadBytes = 4.5e6, kBlockKeys = 20, kCombine = 4;  // bytes a us; keys; us
-
   const int columns = heads_q / heads_kv * len_q;
-  const int tiles = decode_column_tiles(head_dim, columns), warps = decode_warps(tiles);
+  const int tiles = decode_column_tiles(head_dim, columns);
   const int64_t blocks = int64_t(batch) * heads_kv * ((columns + tiles * 8 - 1) / (tiles * 8));
-  // resident blocks, as shared memory allows
-  const int64_t slots = 132 * (tiles == 4 ? 2 : 1536 / (warps * std::max(head_dim, 128)));
-  const double wave_key = slots * head_dim * 4 / kReadBytes;  // a key in each of them
 
-  int best = 1;
-  double best_time = 0;
-  for (int splits = 1; splits <= kMaxSplits; ++splits) {
-    const int64_t scratch = decode_scratch_bytes(splits, int64_t(batch) * len_q, heads_q, head_dim);
-    if (splits > 1 && (max_len_kv < splits * kMinKeys || scratch > kScratchBytes)) break;
-    const int64_t waves = blocks * splits / slots;
-    const double rest = double(blocks * splits % slots) / slots;
-    const double last = rest == 0 ? 0 : 0.3 + 0.7 * rest;  // few blocks leave memory idle
-    const double read = (waves + last) * (double(max_len_kv) / splits + kBlockKeys) * wave_key;
-    const double time = read + (splits == 1 ? 0 : kCombine + 2 * scratch / kReadBytes);
-    if (splits == 1 || time < best_time) {
-      best = splits;
-      best_time = time;
+  DecodeSplit best{decode_warps(tiles), 1};
+  float best_time = INFINITY;
+  const auto try_warps = [&](int warps, int slots, int block_keys, int64_t most_blocks) {
+    const DecodeModel model{slots, head_dim * 2.f * (key_bytes == 1 ? 1 : 2), block_keys,
+                            warps * 32};
+    for (int splits = 1; splits <= kMaxSplits; ++splits) {
+      const int64_t scratch =
+          decode_scratch_bytes(splits, int64_t(batch) * len_q, heads_q, head_dim);
+      if (splits > 1 && (max_len_kv < splits * kMinSplitKeys || scratch > kScratchBytes)) break;
+      if (blocks * splits > most_blocks) break;
+      if (warps == kWideWarps && max_len_kv > splits * int64_t(kWideKeys) * key_bytes) continue;
+      const float time = model.time(float(blocks) * splits, float(blocks) * max_len_kv,
+                                    float(max_len_kv) / splits, float(scratch));
+      if (time < 0.99f * best_time) {
+        best = {warps, splits};
+        best_time = time;
+      }
     }
+  };
+  const int warps = decode_warps(tiles), slots = decode_slots(head_dim, tiles, warps);
+  // one wave of bytes is best with no more blocks than for 16 bits: 16 x 32768 keys of 8 heads take
+  // 272 us in 768 blocks and 280 in 1024 (H200)
+  if (key_bytes == 1) try_warps(warps, slots, 20, slots);
+  try_warps(warps, decode_slots(head_dim, tiles, warps, key_bytes), 20, INT64_MAX);
+  if (tiles == 1 && head_dim <= 128 && key_bytes > 0) {
+    try_warps(kWideWarps, kMultiprocessors, 120, kMultiprocessors);
   }
   return best;
+}
+
+// --- packed rows ---
+
+// Packed rows of up to so many queries are decoded. A row of more columns than a block carries
+// reads its keys for each group of columns, all but once from L2: prefill tiles would for each
+// head.
+constexpr int decode_max_len_q(int heads_group) { return std::clamp(32 / heads_group, 1, 16); }
+
+// The tile of columns for packed rows is that of single queries, which are the most. Four would
+// spill registers.
+constexpr int packed_column_tiles(int heads_group) { return heads_group <= 8 ? 1 : 2; }
+
+// Scratch of packed rows, for shapes that are known when a program is traced.
+struct PackedScratch {
+  int columns;    // of tasks, whose partials it holds
+  int part_keys;  // the most keys of a part, or 0: the device chooses
+};
+
+// A split_size other than 0 fixes the parts whatever the rows' lengths are, so it grows until the
+// partials of full rows have place. Else a few waves of blocks have.
+constexpr PackedScratch packed_scratch(int batch, int heads_q, int heads_kv, int head_dim,
+                                       int64_t max_len_kv, int split_size) {
+  constexpr int64_t kBytes = 96 << 20;
+  const int heads_group = heads_q / heads_kv, tiles = packed_column_tiles(heads_group);
+  const int64_t rows = int64_t(batch) * heads_kv, most = kBytes / ((head_dim + 1) * 4);
+  if (split_size == 0) {
+    const int64_t tasks = rows + 8 * decode_slots(head_dim, tiles, decode_warps(tiles));
+    return {int(std::min(tasks * tiles * 8, most)), 0};
+  }
+  const int groups = (heads_group * decode_max_len_q(heads_group) - 1) / (tiles * 8) + 1;
+  int64_t keys = std::max(split_size, kMinSplitKeys), columns = 0;
+  while (true) {
+    const int64_t parts = (max_len_kv + keys - 1) / keys;
+    columns = parts <= 1 ? 1 : rows * groups * tiles * 8 * parts;
+    if (parts <= kMaxSplits && columns <= most) break;
+    keys += keys / 4;
+  }
+  return {int(columns), int(std::min<int64_t>(keys, 1 << 30))};
+}
+
+// Candidates for the most keys of a part, a quarter of an octave apart: 64, 80, 96, 112, 128, 160,
+// ... 12288, and the last one for rows in one piece.
+constexpr int kPartCandidates = 32;
+__host__ __device__ constexpr int part_candidate(int i) {
+  return i == kPartCandidates - 1 ? 1 << 30 : ((4 + i % 4) << i / 4) * (kMinSplitKeys / 4);
+}
+
+// Parts of a row of `steps` steps where a part has up to part_steps. A row without keys has one,
+// which writes its result.
+__host__ __device__ constexpr int parts_of(int steps, int part_steps) {
+  return steps <= part_steps ? 1 : (steps + part_steps - 1) / part_steps;
+}
+
+// The first step of a part of `steps`; that of part `parts` is their end.
+__host__ __device__ constexpr int part_begin(int steps, int part, int parts) {
+  return int(int64_t(steps) * part / parts);
 }
 
 }  // namespace jax_fa

@@ -23,7 +23,8 @@ __device__ KeyTile locate_keys(const BackwardParams& p) {
   KeyTile out;
   int begin = 0, end = fwd.kv.len_kv;
   if (fwd.q_start) {
-    const Stretch stretch = find_stretch<kBlockM>(fwd.kv.start, fwd.batch, p.total_k, tile);
+    const Stretch stretch =
+        find_stretch<kBlockM, 1>(fwd.kv.start, fwd.batch, p.total_k, tile, [](int) { return 0; });
     out.b = stretch.b;
     out.head = pair;
     begin = stretch.begin;
@@ -140,7 +141,7 @@ struct Producer {
   __device__ void load(const KvTensor& x, int dim, Tile& tile) const {
     const KeyTile& keys = shared.plan.keys;
     const KvHead kv(x, params.fwd.kv, shared.plan.b, keys.head, keys.len_kv);
-    load_kv<Traits, Traits::kBlockM>(ptx::shared_address(tile), x, kv, keys.row0, dim);
+    load_contiguous<Traits, Traits::kBlockM>(ptx::shared_address(tile), x, kv, keys.row0, dim);
   }
 };
 

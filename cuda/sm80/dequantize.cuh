@@ -61,12 +61,12 @@ __device__ inline float column_scale(const KvTensor& x, const KvHead& kv, int ke
 
 // As load_kv, for keys of 8 bits or of the type of the queries; sScale gets their columns' factors.
 template <class Traits, int kRows>
-__device__ void load_kv_quantized(uint32_t sTile, float* sScale, const KvTensor& x,
-                                  const KvHead& kv, int first, int head_dim) {
+__device__ void load_kv_quantized(uint32_t sTile, float* sScale, const PageSlots<kRows>& slots,
+                                  const KvTensor& x, const KvHead& kv, int first, int head_dim) {
   using Layout = TileLayout<Traits>;
   if (threadIdx.x < kRows) sScale[threadIdx.x] = column_scale(x, kv, first + threadIdx.x);
   if (x.dtype == Traits::kDType) {
-    load_kv<Traits, kRows>(sTile, x, kv, first, head_dim);
+    load_kv<Traits, kRows>(sTile, slots, x, kv, first, head_dim);
     return;
   }
   constexpr int kSteps = Traits::kHeadDim / 8;  // 8 elements are one 16-bit chunk or two of 32 bits

@@ -12,6 +12,7 @@
 //                   o = o * rescale + p V(n)
 //
 // Other blocks of the SM fill the waits.
+#include "../launch.cuh"
 #include "../mask.cuh"
 #include "../score.cuh"
 #include "../softmax.cuh"
@@ -60,6 +61,7 @@ struct SharedStorage {
   alignas(128) Element k[Traits::kBlockN][Traits::kHeadDim];
   alignas(128) Element v[Traits::kBlockN][Traits::kHeadDim];
   float k_scale[kScales], v_scale[kScales];
+  PageSlots<Traits::kBlockN> slots[2];  // of tile n in slots[n % 2]: K(n - 1) follows V(n)
   BlockPlan<Traits> plan;
 };
 
@@ -77,6 +79,10 @@ struct Producer {
                                        [&](int row) { return gQ + row * params.q_token_stride; });
   }
 
+  // Before load_k(n) and load_v(n), a wait for copies and a barrier away.
+  __device__ void find_keys(int n) const {
+    shared.slots[n % 2].find(shared.plan.k, n * Traits::kBlockN);
+  }
   __device__ void load_k(int n) const {
     load(params.k, shared.plan.k, params.head_dim, shared.k, shared.k_scale, n);
   }
@@ -91,9 +97,9 @@ struct Producer {
     constexpr int kRows = Traits::kBlockN;
     const uint32_t sTile = ptx::shared_address(tile);
     if constexpr (kQuantized) {
-      load_kv_quantized<Traits, kRows>(sTile, sScale, x, kv, n * kRows, dim);
+      load_kv_quantized<Traits, kRows>(sTile, sScale, shared.slots[n % 2], x, kv, n * kRows, dim);
     } else {
-      load_kv<Traits, kRows>(sTile, x, kv, n * kRows, dim);
+      load_kv<Traits, kRows>(sTile, shared.slots[n % 2], x, kv, n * kRows, dim);
     }
   }
 };
@@ -257,9 +263,10 @@ __device__ __forceinline__ void step(const Producer& producer, Consumer& consume
   ptx::cp_async_wait_all();
   __syncthreads();  // K(n) has landed, and every warp is done with V(n + 1)
   producer.load_v(n);
+  if (n > producer.shared.plan.begin) producer.find_keys(n - 1);
   if (kind != TileMask::kSkip) consumer.multiply_keys();
   ptx::cp_async_wait_all();
-  __syncthreads();  // V(n) has landed, and every warp is done with K(n)
+  __syncthreads();  // V(n) and where K(n - 1) lies have landed, and every warp is done with K(n)
   if (n > producer.shared.plan.begin) producer.load_k(n - 1);
   if (kind == TileMask::kSkip) return;
   consumer.apply_score(n * kBlockN);
@@ -276,14 +283,23 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.blocks_per_sm)
   const BlockPlan<Traits>& plan = shared.plan;
   const Producer<Traits, kQuantized> producer{params, shared};
 
+  ptx::launch_dependents();  // the next grid's blocks take the places that the last of these leave
   const QueryTile tile = locate_tile<Traits::kBlockM>(params);
-  if (tile.rows <= 0) return;
+  if (tile.rows <= 0) {
+    end_after_previous(params);
+    return;
+  }
   producer.load_q(tile);
   make_plan(shared.plan, params, tile);
   __syncthreads();  // the plan is written
 
   Consumer<Traits, Score, kQuantized> consumer(params, shared);
   if (plan.begin < plan.end) {
+    if (plan.k.where.pages) {
+      producer.find_keys(plan.end - 1);
+      ptx::cp_async_wait_all();
+      __syncthreads();  // where the first tile lies is known
+    }
     producer.load_k(plan.end - 1);
   } else {
     ptx::cp_async_wait_all();
@@ -297,29 +313,25 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.blocks_per_sm)
     for (; n >= plan.full_begin && n < plan.full_end; --n) step<false>(producer, consumer, n);
   }
   consumer.finish();
+  end_after_previous(params);
 }
 
 template <class Traits, class Score, bool kQuantized>
-cudaError_t launch(const AttentionParams& params, cudaStream_t stream) {
+cudaError_t launch_tiles(const AttentionParams& params, cudaStream_t stream) {
   const FwdGrid grid = fwd_sm80_grid(params, Traits::kTile);
   if (grid.blocks == 0) return cudaSuccess;
-  constexpr int kBytes = sizeof(SharedStorage<Traits, kQuantized>);
-  const auto kernel = fwd_sm80<Traits, Score, kQuantized>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
   const dim3 blocks(grid.section, grid.tiles, grid.sections);
-  kernel<<<blocks, Traits::kThreads, kBytes, stream>>>(params);
-  return cudaGetLastError();
+  return launch(fwd_sm80<Traits, Score, kQuantized>, blocks, Traits::kThreads,
+                sizeof(SharedStorage<Traits, kQuantized>), stream, params.beside_previous, params);
 }
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream) {
   using General = Traits<kHeadDim, kDType, true>;
   using Plain = Traits<kHeadDim, kDType, false>;
-  if (fwd_sm80_quantized(params)) return launch<General, GeneralScore, true>(params, stream);
-  return fwd_sm80_general(params) ? launch<General, GeneralScore, false>(params, stream)
-                                  : launch<Plain, ScaledScore, false>(params, stream);
+  if (fwd_sm80_quantized(params)) return launch_tiles<General, GeneralScore, true>(params, stream);
+  return fwd_sm80_general(params) ? launch_tiles<General, GeneralScore, false>(params, stream)
+                                  : launch_tiles<Plain, ScaledScore, false>(params, stream);
 }
 
 template cudaError_t launch_fwd_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const AttentionParams&,

@@ -20,7 +20,7 @@ struct Scheduler {
   __device__ void run() {
     for (int i = blockIdx.x; i < params.order.total; i = next(i)) {
       const HopperOrder::Place place = params.order(i);
-      const QueryTile q = query_tile<Traits::kBlockM>(p, place.pair, place.tile);
+      const QueryTile q = query_tile<Traits::kBlockM, 1>(p, place.pair, place.tile);
       if (q.rows > 0) schedule(q);
     }
     publish({});  // the end

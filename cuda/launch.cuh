@@ -1,0 +1,55 @@
+// Launches, on GPUs that can beside the grid before them in the stream.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace jax_fa {
+
+// At the end of every block of a launch that knows how to run beside the previous one: its first
+// block makes it end no sooner.
+__device__ inline void end_after_previous(const AttentionParams& p) {
+  const bool first = blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0;
+  if (p.beside_previous && first) ptx::wait_for_previous_grid();
+}
+
+// What kernels need to share multiprocessors: the same division of their memory, as much of it
+// shared as can be.
+template <typename... Params>
+cudaError_t make_room(void (*kernel)(Params...)) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
+}
+
+// Launches with more shared memory than is granted without asking. With beside_previous blocks may
+// start as soon as all of the previous grid have started; code for sm_90 then has to wait for that
+// grid's end, before it reads its results or at least before it ends itself.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+                   cudaStream_t stream, bool beside_previous, const Args&... args) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  cudaLaunchAttribute overlap = {};
+  if (beside_previous && error == cudaSuccess) {
+    cudaFuncAttributes compiled = {};
+    error = make_room(kernel);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = compiled.ptxVersion >= 90;
+  }
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = beside_previous ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace jax_fa
