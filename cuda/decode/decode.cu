@@ -241,16 +241,18 @@ __global__ void __launch_bounds__(T::kThreads, T::kMinBlocks)
                    {int(blockIdx.z), head_kv, column_group, int(blockIdx.y), scratch.splits, 0});
 }
 
-// Registers: 128 where they suffice, so that half of the blocks leave a prefill block its 255; with
-// two tiles of columns, what three blocks an SM can have would not.
+// Blocks an SM for which registers are budgeted: 128 each where they suffice, so that half of the
+// blocks leave a prefill block its 255; more than for dense queries where those would spill.
 template <typename T>
-constexpr int kPackedBlocks =
-    T::kColumnTiles == 2                                                 ? 2
-    : T::kWholeTiles && !T::KeyFormat::kGroupScale && T::kHeadDim <= 128 ? 8
-                                                                         : T::kMinBlocks;
+constexpr int packed_blocks() {
+  const bool plain = T::kWholeTiles && !T::KeyFormat::kGroupScale;
+  if (T::kColumnTiles == 2) return 2;
+  if (plain && (T::kHeadDim == 64 || T::kHeadDim == 128)) return 8;
+  return T::kWholeTiles ? T::kMinBlocks : std::min(T::kMinBlocks, 4);
+}
 
 template <typename T>
-__global__ void __launch_bounds__(T::kThreads, kPackedBlocks<T>)
+__global__ void __launch_bounds__(T::kThreads, packed_blocks<T>())
     packed_decode_kernel(const AttentionParams p, const SplitScratch scratch) {
   extern __shared__ __align__(16) char smem_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<T>*>(smem_bytes);
