@@ -11,6 +11,7 @@
 #include "mask.cuh"
 #include "params.h"
 #include "plan.h"
+#include "sm90/tiles.h"
 
 namespace nb = nanobind;
 namespace ffi = xla::ffi;
@@ -648,6 +649,15 @@ NB_MODULE(_jax_fa, m) {
       nb::arg("steps"), nb::arg("part_steps"));
   m.def("part_candidate", &part_candidate, nb::arg("i"));
   m.def("decode_max_len_q", &decode_max_len_q, nb::arg("heads_group"));
+  m.def(
+      "hopper_place",
+      [](int i, int tiles, int pairs, int section, bool longest_first) {
+        const HopperOrder order{tiles, pairs, section, tiles * pairs, longest_first};
+        const HopperOrder::Place place = order(i);
+        return nb::make_tuple(place.pair, place.tile);
+      },
+      nb::arg("i"), nb::arg("tiles"), nb::arg("pairs"), nb::arg("section"),
+      nb::arg("longest_first"));
   m.def(
       "classify_tile",
       [](int query0, int query1, int key0, int key1, int len_q, int len_kv, int window_left,

@@ -1,8 +1,14 @@
 """What is legal for any attention, and what the kernels cover: the one table of limits."""
 
+import os
+
 import numpy as np
 
 from . import _jax_fa
+
+# plan.cc reads it too: sm80 keeps to the portable kernels.
+if os.environ.get("JAX_FA_ARCH", "") not in ("", "sm80"):
+    raise ValueError(f"JAX_FA_ARCH must be sm80 or unset, got {os.environ['JAX_FA_ARCH']}")
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 _KERNEL_FLOATS = ("float16", "bfloat16", "float32")

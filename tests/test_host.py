@@ -1,5 +1,9 @@
 """What kernels compute on the device and planners on the host, checked on the host."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +58,45 @@ def test_tiles_are_skipped_only_where_unseen_and_unmasked_only_where_all_seen():
         assert (kind == "full") == whole
         kinds.add(kind)
     assert kinds == {"skip", "partial", "full"}
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_hopper_takes_each_tile_once_and_the_longest_of_a_section_first(longest_first):
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        tiles, pairs, section = (int(x) for x in rng.integers(1, 14, 3))
+        places = [
+            _jax_fa.hopper_place(i, tiles, pairs, min(section, pairs), longest_first)
+            for i in range(tiles * pairs)
+        ]
+        assert sorted(places) == [(p, t) for p in range(pairs) for t in range(tiles)]
+        sections = [pair // min(section, pairs) for pair, _ in places]
+        if longest_first:
+            assert sections == sorted(sections)
+            for one in set(sections):
+                order = [t for (_, t), s in zip(places, sections) if s == one]
+                assert order == sorted(order, reverse=True)
+
+
+@pytest.mark.parametrize("arch, kernel", [("", "sm90/fwd"), ("sm80", "sm80/fwd")])
+def test_arch_forces_the_portable_tier(arch, kernel):
+    code = (
+        "import jax, jax.numpy as jnp, jax_fa\n"
+        "q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)\n"
+        "call = lambda q: jax_fa.flash_attention(q, q, q)\n"
+        "print(*(jax_fa.explain(call, q, device=d)[0].kernel for d in ('h200', 'a100')))\n"
+    )
+    env = os.environ | {"JAX_FA_ARCH": arch, "JAX_PLATFORMS": "cpu"}
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert out.stdout.split() == [kernel, "sm80/fwd"], out.stderr
+
+
+def test_an_unknown_arch_is_refused():
+    env = os.environ | {"JAX_FA_ARCH": "sm75", "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import jax_fa"
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "ValueError: JAX_FA_ARCH must be sm80 or unset, got sm75" in out.stderr
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

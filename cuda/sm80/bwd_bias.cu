@@ -123,7 +123,7 @@ struct Scores {
     const auto copy_kv = [&](auto& sTile, const KvTensor& x, int dim) {
       const int head = tile.head / (fwd.heads_q / fwd.heads_kv);
       const KvHead kv(x, fwd.kv, tile.b, head, shared.plan.len_kv);
-      load_contiguous<Traits, kRows>(ptx::shared_address(sTile), x, kv, key * kRows, dim);
+      load_kv<Traits, kRows>(ptx::shared_address(sTile), x, kv, key * kRows, dim);
     };
     copy_kv(shared.k, fwd.k, fwd.head_dim);
     copy_kv(shared.v, fwd.v, fwd.head_dim_v);

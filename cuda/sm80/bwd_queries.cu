@@ -56,10 +56,10 @@ struct Producer {
     constexpr int kRows = Traits::kBlockN;
     const AttentionParams& fwd = params.fwd;
     const int stage = n % Traits::kStages;
-    load_contiguous<Traits, kRows>(ptx::shared_address(shared.k[stage]), fwd.k, shared.plan.k,
-                                   n * kRows, fwd.head_dim);
-    load_contiguous<Traits, kRows>(ptx::shared_address(shared.v[stage]), fwd.v, shared.plan.v,
-                                   n * kRows, fwd.head_dim_v);
+    load_kv<Traits, kRows>(ptx::shared_address(shared.k[stage]), fwd.k, shared.plan.k, n * kRows,
+                           fwd.head_dim);
+    load_kv<Traits, kRows>(ptx::shared_address(shared.v[stage]), fwd.v, shared.plan.v, n * kRows,
+                           fwd.head_dim_v);
   }
 
  private:

@@ -140,18 +140,13 @@ struct Consumer {
     const int64_t row0 = params.fwd.q_start ? 0 : keys.b * params.dkv_row_stride;
     auto* gX = static_cast<typename Traits::Element*>(x) + row0 +
                keys.token0 * params.dkv_token_stride + int64_t(keys.head) * dims;
-    const TileShare<Traits, kBlockM> share;
-    share.for_each_row(sTile, [&](int row, uint32_t place) {
-      if (row >= keys.rows) return;
-#pragma unroll
-      for (int c = 0; c < Layout::kChunks; c += Layout::kGroup) {
-        const int dim = (share.chunk + c) * Layout::kChunkElements;
-        if (dim >= dims) continue;
-        uint32_t y[4];
-        ptx::load_shared_v4(y, place + c * 16);
-        *reinterpret_cast<uint4*>(gX + row * params.dkv_token_stride + dim) =
-            make_uint4(y[0], y[1], y[2], y[3]);
-      }
+    TileShare<Traits, kBlockM>().for_each(sTile, [&](int row, int chunk, uint32_t place) {
+      const int dim = chunk * Layout::kChunkElements;
+      if (row >= keys.rows || dim >= dims) return;
+      uint32_t y[4];
+      ptx::load_shared_v4(y, place);
+      *reinterpret_cast<uint4*>(gX + row * params.dkv_token_stride + dim) =
+          make_uint4(y[0], y[1], y[2], y[3]);
     });
   }
 };

@@ -141,7 +141,7 @@ struct Producer {
   __device__ void load(const KvTensor& x, int dim, Tile& tile) const {
     const KeyTile& keys = shared.plan.keys;
     const KvHead kv(x, params.fwd.kv, shared.plan.b, keys.head, keys.len_kv);
-    load_contiguous<Traits, Traits::kBlockM>(ptx::shared_address(tile), x, kv, keys.row0, dim);
+    load_kv<Traits, Traits::kBlockM>(ptx::shared_address(tile), x, kv, keys.row0, dim);
   }
 };
 

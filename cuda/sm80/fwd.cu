@@ -74,7 +74,7 @@ struct Producer {
   __device__ void load_q(const QueryTile& tile) const {
     const auto* gQ = static_cast<const typename Traits::Element*>(params.q) +
                      tile.token0 * params.q_token_stride + tile.head * params.q_head_stride;
-    copy_tile<Traits, Traits::kBlockM>(ptx::shared_address(shared.q),
+    copy_rows<Traits, Traits::kBlockM>(ptx::shared_address(shared.q),
                                        min(tile.rows, tile.len_q - tile.row0), params.head_dim,
                                        [&](int row) { return gQ + row * params.q_token_stride; });
   }

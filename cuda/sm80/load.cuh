@@ -41,7 +41,20 @@ struct TileShare {
   int row = threadIdx.x / Layout::kGroup;
   int chunk = threadIdx.x % Layout::kGroup;
 
-  // Calls f(row, the shared address of its chunk).
+  // Calls f(row, chunk, shared address).
+  template <class F>
+  __device__ void for_each(uint32_t sTile, F f) const {
+    const uint32_t sShare = sTile + Layout::offset(row, chunk);
+#pragma unroll
+    for (int r = 0; r < kRows; r += kRowStep) {
+#pragma unroll
+      for (int c = 0; c < Layout::kChunks; c += Layout::kGroup) {
+        f(row + r, chunk + c, sShare + r * Layout::kRowBytes + c * 16);
+      }
+    }
+  }
+
+  // Calls f(row, the shared address of its first chunk).
   template <class F>
   __device__ void for_each_row(uint32_t sTile, F f) const {
     const uint32_t sShare = sTile + Layout::offset(row, chunk);
@@ -54,6 +67,16 @@ struct TileShare {
 // from head_dim on become zero without being read.
 template <class Traits, int kRows, class RowAddress>
 __device__ void copy_tile(uint32_t sTile, int rows, int head_dim, RowAddress row_address) {
+  constexpr int kChunkElements = TileLayout<Traits>::kChunkElements;
+  TileShare<Traits, kRows>().for_each(sTile, [&](int row, int chunk, uint32_t dst) {
+    const bool inside = row < rows && chunk * kChunkElements < head_dim;
+    ptx::cp_async_16(dst, row_address(row) + chunk * kChunkElements, inside ? 16 : 0);
+  });
+}
+
+// The same with each row's address asked for once, which takes registers of its own.
+template <class Traits, int kRows, class RowAddress>
+__device__ void copy_rows(uint32_t sTile, int rows, int head_dim, RowAddress row_address) {
   using Layout = TileLayout<Traits>;
   const TileShare<Traits, kRows> share;
   share.for_each_row(sTile, [&](int row, uint32_t dst) {
@@ -96,26 +119,38 @@ struct PageSlots {
   }
 };
 
-// Starts the copy of keys [first, first + kRows) that lie one after the other; none at or past
-// their number is read.
+// Starts the copy of keys [first, first + kRows); neither keys nor page-table entries at or past
+// their number are read.
 template <class Traits, int kRows>
-__device__ void load_contiguous(uint32_t sTile, const KvTensor& x, const KvHead& kv, int first,
-                                int dim) {
-  const auto* gTile =
-      static_cast<const typename Traits::Element*>(x.data) + kv.origin + first * x.token_stride;
-  copy_tile<Traits, kRows>(sTile, kv.len - first, dim,
-                           [&](int row) { return gTile + row * x.token_stride; });
+__device__ void load_kv(uint32_t sTile, const KvTensor& x, const KvHead& kv, int first, int dim) {
+  const auto* gHead = static_cast<const typename Traits::Element*>(x.data) + kv.origin;
+  const int rows = kv.len - first;
+  if (kv.where.pages) {
+    copy_tile<Traits, kRows>(sTile, rows, dim, [&](int row) {
+      return gHead + kv_offset(x, kv.where(first + min(row, rows - 1)), 0);
+    });
+  } else {
+    const auto* gTile = gHead + first * x.token_stride;
+    copy_tile<Traits, kRows>(sTile, rows, dim,
+                             [&](int row) { return gTile + row * x.token_stride; });
+  }
 }
 
-// The same of any keys; `slots` has found them if they are paged.
+// The same where `slots` has found the keys that are paged.
 template <class Traits, int kRows>
 __device__ void load_kv(uint32_t sTile, const PageSlots<kRows>& slots, const KvTensor& x,
                         const KvHead& kv, int first, int dim) {
-  if (!kv.where.pages) return load_contiguous<Traits, kRows>(sTile, x, kv, first, dim);
   const auto* gHead = static_cast<const typename Traits::Element*>(x.data) + kv.origin;
-  copy_tile<Traits, kRows>(sTile, kv.len - first, dim, [&](int row) {
-    return gHead + kv_offset(x, {kv.where.row + slots.page[row], slots.token[row]}, 0);
-  });
+  const int rows = kv.len - first;
+  if (kv.where.pages) {
+    copy_rows<Traits, kRows>(sTile, rows, dim, [&](int row) {
+      return gHead + kv_offset(x, {kv.where.row + slots.page[row], slots.token[row]}, 0);
+    });
+  } else {
+    const auto* gTile = gHead + first * x.token_stride;
+    copy_rows<Traits, kRows>(sTile, rows, dim,
+                             [&](int row) { return gTile + row * x.token_stride; });
+  }
 }
 
 }  // namespace jax_fa

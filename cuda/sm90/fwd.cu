@@ -379,8 +379,9 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
                           p.q_token_stride, 1, 0, kPanel, Traits::kBlockM);
   if (error != cudaSuccess) return error;
   const auto keys = [&](CUtensorMap& map, const KvTensor& x, int dim) {
+    const int64_t rows = p.kv.layer ? INT32_MAX : x.rows;  // those of other layers follow
     return make_tensor_map(map, p.dtype, x.data, dim, p.heads_kv, x.head_stride, x.tokens,
-                           x.token_stride, x.rows, x.row_stride, kPanel, params.box_tokens);
+                           x.token_stride, rows, x.row_stride, kPanel, params.box_tokens);
   };
   error = keys(params.k, p.k, p.head_dim);
   if (error != cudaSuccess) return error;
