@@ -446,6 +446,18 @@ def test_hybrid_of_random_mixes(kind, page, heads, rng):
     assert call._cache_size() == 1
 
 
+@pytest.mark.parametrize("kind, page", [("contiguous", 0), ("paged", 8), ("paged", 256)])
+def test_hybrid_layers_and_page_sizes(kind, page, rng):
+    cache, wide, maps = filled(rng, kind, 3, 300, 2, 128, "bfloat16", page=page, layers=3)
+    q = cases.normal(rng, 230, 8, 128, dtype=jnp.bfloat16)
+    cu, lengths = cases.cu_seqlens([150, 1, 70]), np.array([200, 300, 71], np.int32)
+    check(
+        jax.jit(run_hybrid)(q, cache, cu, lengths, maps),
+        lambda rounded: reference.hybrid(q, *wide, cu, lengths, rounded=rounded, **maps),
+        "bfloat16",
+    )
+
+
 @pytest.mark.parametrize("dtype, granularity, size", [("int8", "head", None), *QUANTIZED[2:3]])
 def test_hybrid_over_quantized_keys(dtype, granularity, size, rng):
     cache, wide, maps = filled(rng, "paged", 9, 500, 2, 128, dtype, granularity, size)
