@@ -88,14 +88,14 @@ def test_arch_forces_the_portable_tier(arch, kernel):
     )
     env = os.environ | {"JAX_FA_ARCH": arch, "JAX_PLATFORMS": "cpu"}
     env |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True)
     assert out.stdout.split() == [kernel, "sm80/fwd"], out.stderr
 
 
 def test_an_unknown_arch_is_refused():
     env = os.environ | {"JAX_FA_ARCH": "sm75", "PYTHONPATH": os.pathsep.join(sys.path)}
     code = "import jax_fa"
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True)
     assert "ValueError: JAX_FA_ARCH must be sm80 or unset, got sm75" in out.stderr
 
 
