@@ -78,6 +78,14 @@ def test_hopper_takes_each_tile_once_and_the_longest_of_a_section_first(longest_
                 assert order == sorted(order, reverse=True)
 
 
+def _python(code, arch):
+    """Runs code in a process of its own, with the package that this one has."""
+    env = os.environ | {"JAX_FA_ARCH": arch, "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-P", "-c", code]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("arch, kernel", [("", "sm90/fwd"), ("sm80", "sm80/fwd")])
 def test_arch_forces_the_portable_tier(arch, kernel):
     code = (
@@ -86,16 +94,12 @@ def test_arch_forces_the_portable_tier(arch, kernel):
         "call = lambda q: jax_fa.flash_attention(q, q, q)\n"
         "print(*(jax_fa.explain(call, q, device=d)[0].kernel for d in ('h200', 'a100')))\n"
     )
-    env = os.environ | {"JAX_FA_ARCH": arch, "JAX_PLATFORMS": "cpu"}
-    env |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True)
+    out = _python(code, arch)
     assert out.stdout.split() == [kernel, "sm80/fwd"], out.stderr
 
 
 def test_an_unknown_arch_is_refused():
-    env = os.environ | {"JAX_FA_ARCH": "sm75", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import jax_fa"
-    out = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True)
+    out = _python("import jax_fa", "sm75")
     assert "ValueError: JAX_FA_ARCH must be sm80 or unset, got sm75" in out.stderr
 
 
