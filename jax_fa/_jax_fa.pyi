@@ -1,9 +1,19 @@
 head_dims: tuple[int, ...]
 
 def handlers() -> dict[str, object]: ...
+def runs_hopper(capability: int) -> bool: ...
 def decode_splits(
-    batch: int, len_q: int, heads_q: int, heads_kv: int, head_dim: int, max_len_kv: int
+    batch: int,
+    len_q: int,
+    heads_q: int,
+    heads_kv: int,
+    head_dim: int,
+    max_len_kv: int,
+    key_bytes: int = 2,
 ) -> int: ...
+def packed_scratch(
+    batch: int, heads_q: int, heads_kv: int, head_dim: int, max_len_kv: int, split_size: int
+) -> tuple[int, int]: ...
 def dq_sum_size(
     batch: int,
     len_q: int,
@@ -35,6 +45,12 @@ def seeing_queries(
     window_right: int,
     top_left: bool,
 ) -> tuple[int, int]: ...
+def parts_of_row(steps: int, part_steps: int) -> list[int]: ...
+def part_candidate(i: int) -> int: ...
+def decode_max_len_q(heads_group: int) -> int: ...
+def hopper_place(
+    i: int, tiles: int, pairs: int, section: int, longest_first: bool
+) -> tuple[int, int]: ...
 def plan(
     operation: str,
     *,
@@ -48,6 +64,11 @@ def plan(
     element_bytes: int,
     kv_bytes: int,
     general: bool,
+    bias: bool,
+    masked: bool,
+    page_size: int,
+    capability: int,
+    sms: int,
 ) -> dict[str, object]: ...
 def plan_backward(
     *,

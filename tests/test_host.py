@@ -1,6 +1,9 @@
 """What kernels compute on the device and planners on the host, checked on the host."""
 
+import ast
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +14,18 @@ import pytest
 
 import jax_fa
 from jax_fa import _jax_fa
+
+
+def test_the_stub_names_what_the_extension_has():
+    stub = pathlib.Path(__file__).parents[1] / "jax_fa" / "_jax_fa.pyi"
+    tree = ast.parse(stub.read_text())
+    arguments = {f.name: f.args for f in tree.body if isinstance(f, ast.FunctionDef)}
+    functions = {name for name in dir(_jax_fa) if callable(getattr(_jax_fa, name))}
+    assert arguments.keys() == {name for name in functions if not name.startswith("_")}
+    for name, args in arguments.items():
+        declared = [a.arg for a in (*args.args, *args.kwonlyargs)]
+        signature = getattr(_jax_fa, name).__doc__.splitlines()[0]
+        assert declared == re.findall(r"(\w+): ", signature), name
 
 
 def _visible(len_q, len_kv, left, right, top_left=False):
