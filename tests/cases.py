@@ -106,3 +106,18 @@ def split_options(options):
 
 def cu_seqlens(lengths):
     return jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
+
+
+VMAP_AXES = [(0, 0, 0), (0, None, None), (None, 0, 0), (0, 0, None)]
+
+
+def mapped(rng, shape, dtype, in_axes):
+    """q, k, v with three different lanes where `in_axes` has 0, one of them where it has None."""
+    lanes = jnp.arange(1, 4, dtype=dtype).reshape(3, 1, 1, 1, 1) / 2
+    full = [jnp.stack([x] * 3) * lanes for x in qkv(rng, shape, dtype)]
+    return [x if axis == 0 else x[0] for x, axis in zip(full, in_axes)]
+
+
+def lane(args, in_axes, i):
+    """What lane i of `mapped` arguments is called with."""
+    return [x[i] if axis == 0 else x for x, axis in zip(args, in_axes)]

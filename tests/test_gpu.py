@@ -640,24 +640,17 @@ def test_reruns_and_batch_permutations_have_the_same_bits(rng):
     same_bits(decode(q[order], k[order], v[order], lengths[order]), [x[order] for x in first])
 
 
-@pytest.mark.parametrize(
-    "in_axes", [(0, 0, 0), (0, None, None), (None, 0, 0), (0, 0, None)], ids=str
-)
+@pytest.mark.parametrize("in_axes", cases.VMAP_AXES, ids=str)
 def test_vmap_equals_a_loop(in_axes, rng):
     shape = cases.Shape(2, 65, 99, 4, 2, 64)
-    full = [jnp.stack([x] * 3) * jnp.arange(1, 4, dtype=x.dtype).reshape(3, 1, 1, 1, 1) / 2
-            for x in cases.qkv(rng, shape, jnp.bfloat16)]  # fmt: skip
-    args = [x if a == 0 else x[0] for x, a in zip(full, in_axes)]
+    args = cases.mapped(rng, shape, jnp.bfloat16, in_axes)
 
     def fn(q, k, v):
         return jax_fa.flash_attention(q, k, v, causal=True, return_lse=True)
 
     nested = jax.jit(jax.vmap(fn, in_axes))(*args)
     for i in range(3):
-        same_bits(
-            [x[i] for x in nested],
-            jax.jit(fn)(*(x[i] if a == 0 else x for x, a in zip(args, in_axes))),
-        )
+        same_bits([x[i] for x in nested], jax.jit(fn)(*cases.lane(args, in_axes, i)))
 
 
 def test_nested_vmap_with_keys_mapped_at_one_level(rng):

@@ -386,14 +386,10 @@ def test_deterministic_reruns_have_the_same_bits(head_dim, dtype, rng):
         same_bits(run_dense(q, k, v, do, dlse, options, deterministic=True), first)
 
 
-@pytest.mark.parametrize(
-    "in_axes", [(0, 0, 0), (0, None, None), (None, 0, 0), (0, 0, None)], ids=str
-)
+@pytest.mark.parametrize("in_axes", cases.VMAP_AXES, ids=str)
 def test_vmap_of_grad_equals_a_loop(in_axes, rng):
     shape = cases.Shape(2, 65, 99, 4, 2, 64)
-    full = [jnp.stack([x] * 3) * jnp.arange(1, 4, dtype=x.dtype).reshape(3, 1, 1, 1, 1) / 2
-            for x in cases.qkv(rng, shape, jnp.bfloat16)]  # fmt: skip
-    args = [x if a == 0 else x[0] for x, a in zip(full, in_axes)]
+    args = cases.mapped(rng, shape, jnp.bfloat16, in_axes)
 
     def loss(q, k, v):
         out, lse = jax_fa.flash_attention(q, k, v, causal=True, return_lse=True, deterministic=True)
@@ -402,7 +398,7 @@ def test_vmap_of_grad_equals_a_loop(in_axes, rng):
     grad = jax.grad(loss, (0, 1, 2))
     nested = jax.jit(jax.vmap(grad, in_axes))(*args)
     for i in range(3):
-        one = jax.jit(grad)(*(x[i] if a == 0 else x for x, a in zip(args, in_axes)))
+        one = jax.jit(grad)(*cases.lane(args, in_axes, i))
         same_bits([x[i] for x in nested], one)
 
 
