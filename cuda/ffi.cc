@@ -6,6 +6,7 @@
 #include <xla/ffi/api/ffi.h>
 
 #include <string>
+#include <utility>
 
 #include "decode/splits.h"
 #include "mask.cuh"
@@ -448,130 +449,59 @@ ffi::Error append(cudaStream_t stream, In, In, In, In, In k_new, In v_new, In ne
 // Every handler launches the same kernels whenever its operands have the same shapes.
 constexpr auto kTraits = {ffi::Traits::kCmdBufferCompatible};
 
+// So many more operands and results. A binding cannot be moved, only extended.
+template <int kOperands, int kResults, typename Binding>
+auto with(Binding&& binding) {
+  if constexpr (kOperands + kResults > 1) {
+    constexpr bool kLastIsResult = kResults > 0;
+    return with<kLastIsResult ? 0 : 1, kLastIsResult ? 1 : 0>(
+        with<kOperands - !kLastIsResult, kResults - kLastIsResult>(std::move(binding)));
+  } else if constexpr (kOperands == 1) {
+    return std::move(binding).template Arg<In>();
+  } else {
+    return std::move(binding).template Ret<In>();
+  }
+}
+
 auto on_stream() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
 
 // q, k, v, k_scale, v_scale, slopes, sinks
-auto attention_operands() {
-  return on_stream().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>();
-}
+auto attention_operands() { return with<7, 0>(on_stream()); }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd, fwd,
-                              attention_operands()
-                                  .Arg<In>()  // bias
-                                  .Arg<In>()  // q_lengths
-                                  .Arg<In>()  // kv_lengths
-                                  .Arg<In>()  // seeds
-                                  .Ret<In>()  // o
-                                  .Ret<In>()  // lse
-                                  .Ret<In>()  // next_tile
-                                  .Attrs<FwdAttrs>(),
+// bias, q_lengths, kv_lengths, seeds
+auto dense_operands() { return with<4, 0>(attention_operands()); }
+
+// seeds, q_start, q_length, k_start, k_length
+auto varlen_operands() { return with<5, 0>(attention_operands()); }
+
+// o, lse, next_tile
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd, fwd, (with<0, 3>(dense_operands()).Attrs<FwdAttrs>()),
                               kTraits);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_varlen_fwd, varlen_fwd,
-                              attention_operands()
-                                  .Arg<In>()  // seeds
-                                  .Arg<In>()  // q_start
-                                  .Arg<In>()  // q_length
-                                  .Arg<In>()  // k_start
-                                  .Arg<In>()  // k_length
-                                  .Ret<In>()  // o
-                                  .Ret<In>()  // lse
-                                  .Ret<In>()  // next_tile
-                                  .Attrs<VarlenAttrs>(),
-                              kTraits);
+                              (with<0, 3>(varlen_operands()).Attrs<VarlenAttrs>()), kTraits);
 
+// o, lse, dout, dlse; dq, dk, dv, dsinks, dbias, rows, dq_sum
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd_bwd, fwd_bwd,
-                              attention_operands()
-                                  .Arg<In>()  // bias
-                                  .Arg<In>()  // q_lengths
-                                  .Arg<In>()  // kv_lengths
-                                  .Arg<In>()  // seeds
-                                  .Arg<In>()  // o
-                                  .Arg<In>()  // lse
-                                  .Arg<In>()  // dout
-                                  .Arg<In>()  // dlse
-                                  .Ret<In>()  // dq
-                                  .Ret<In>()  // dk
-                                  .Ret<In>()  // dv
-                                  .Ret<In>()  // dsinks
-                                  .Ret<In>()  // dbias
-                                  .Ret<In>()  // rows
-                                  .Ret<In>()  // dq_sum
-                                  .Attrs<FwdBwdAttrs>(),
-                              kTraits);
+                              (with<4, 7>(dense_operands()).Attrs<FwdBwdAttrs>()), kTraits);
 
+// o, lse, dout, dlse; dq, dk, dv, dsinks, rows, dq_sum
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_varlen_bwd, varlen_bwd,
-                              attention_operands()
-                                  .Arg<In>()  // seeds
-                                  .Arg<In>()  // q_start
-                                  .Arg<In>()  // q_length
-                                  .Arg<In>()  // k_start
-                                  .Arg<In>()  // k_length
-                                  .Arg<In>()  // o
-                                  .Arg<In>()  // lse
-                                  .Arg<In>()  // dout
-                                  .Arg<In>()  // dlse
-                                  .Ret<In>()  // dq
-                                  .Ret<In>()  // dk
-                                  .Ret<In>()  // dv
-                                  .Ret<In>()  // dsinks
-                                  .Ret<In>()  // rows
-                                  .Ret<In>()  // dq_sum
-                                  .Attrs<VarlenBwdAttrs>(),
-                              kTraits);
+                              (with<4, 6>(varlen_operands()).Attrs<VarlenBwdAttrs>()), kTraits);
 
+// kv_lengths, rows, page_table, layer; o, lse, split_o, split_lse
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_decode, decode,
-                              attention_operands()
-                                  .Arg<In>()  // kv_lengths
-                                  .Arg<In>()  // rows
-                                  .Arg<In>()  // page_table
-                                  .Arg<In>()  // layer
-                                  .Ret<In>()  // o
-                                  .Ret<In>()  // lse
-                                  .Ret<In>()  // split_o
-                                  .Ret<In>()  // split_lse
-                                  .Attrs<DecodeAttrs>(),
-                              kTraits);
+                              (with<4, 4>(attention_operands()).Attrs<DecodeAttrs>()), kTraits);
 
+// q_start, q_length, kv_lengths, rows, page_table, layer; o, lse, next_tile, part_o, part_lse,
+// part_rows
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_hybrid, hybrid,
-                              attention_operands()
-                                  .Arg<In>()  // q_start
-                                  .Arg<In>()  // q_length
-                                  .Arg<In>()  // kv_lengths
-                                  .Arg<In>()  // rows
-                                  .Arg<In>()  // page_table
-                                  .Arg<In>()  // layer
-                                  .Ret<In>()  // o
-                                  .Ret<In>()  // lse
-                                  .Ret<In>()  // next_tile
-                                  .Ret<In>()  // part_o
-                                  .Ret<In>()  // part_lse
-                                  .Ret<In>()  // part_rows
-                                  .Attrs<HybridAttrs>(),
-                              kTraits);
+                              (with<6, 6>(attention_operands()).Attrs<HybridAttrs>()), kTraits);
 
+// k, v, k_scale, v_scale (aliased by the results), k_new, v_new, new_start, counts, lengths, rows,
+// page_table, layer, cos, sin; k, v, k_scale, v_scale
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_append, append,
-                              on_stream()
-                                  .Arg<In>()  // k, aliased by the result
-                                  .Arg<In>()  // v
-                                  .Arg<In>()  // k_scale
-                                  .Arg<In>()  // v_scale
-                                  .Arg<In>()  // k_new
-                                  .Arg<In>()  // v_new
-                                  .Arg<In>()  // new_start
-                                  .Arg<In>()  // counts
-                                  .Arg<In>()  // lengths
-                                  .Arg<In>()  // rows
-                                  .Arg<In>()  // page_table
-                                  .Arg<In>()  // layer
-                                  .Arg<In>()  // cos
-                                  .Arg<In>()  // sin
-                                  .Ret<In>()  // k
-                                  .Ret<In>()  // v
-                                  .Ret<In>()  // k_scale
-                                  .Ret<In>()  // v_scale
-                                  .Attrs<AppendAttrs>(),
-                              kTraits);
+                              (with<14, 4>(on_stream()).Attrs<AppendAttrs>()), kTraits);
 
 nb::dict to_dict(const Plan& plan) {
   nb::dict out;
@@ -647,6 +577,8 @@ NB_MODULE(_jax_fa, m) {
         return out;
       },
       nb::arg("steps"), nb::arg("part_steps"));
+  m.def("prefill_share", &prefill_share, nb::arg("sms"), nb::arg("tiles"), nb::arg("prefill"),
+        nb::arg("decode"));
   m.def("part_candidate", &part_candidate, nb::arg("i"));
   m.def("decode_max_len_q", &decode_max_len_q, nb::arg("heads_group"));
   m.def(

@@ -55,7 +55,7 @@ struct AttentionParams {
   int batch, len_q, total_q;
   int max_len_q;  // static bound on a row's length; decode leaves longer packed rows to prefill
   int min_len_q;  // packed rows with fewer queries belong to another launch: they are neither
-                  // computed nor written; padding still is
+                  // computed nor written; padding still is (sm90: that launch follows)
   int heads_q, heads_kv, head_dim, head_dim_v;
   KvTensor k, v;
   KvIndex kv;
@@ -65,7 +65,7 @@ struct AttentionParams {
   int64_t bias_row_stride, bias_head_stride, bias_query_stride, bias_key_stride;
   int bias_rows;  // row b reads b % bias_rows
   DType bias_dtype;
-  int* next_tile;                 // scratch of one int, for prefill; needs no initial value
+  int* next_tile;                 // scratch of two ints, for prefill; needs no initial value
   float scale, softcap;           // softcap == 0: none
   int window_left, window_right;  // -1: unbounded; causal is (.., 0)
   bool top_left;                  // query i's diagonal is key i; else i + len_kv - len_q of its row
@@ -84,6 +84,8 @@ struct SplitScratch {
   int part_keys;     // the most keys of a part of a row, or 0: the device chooses
   int2* rows;        // [batch + 1]: a row's first task and its parts, where some row has several;
                      // at the end whether one has, and the columns of a task
+  int* next_task;    // tasks of packed rows that have been taken, 0 at first; or null: each block
+                     // takes them in a turn of its own
   bool leaves_room;  // on every multiprocessor, if there are rows for another launch:
   int workers;       // then only so many blocks work, as the launcher finds
 };

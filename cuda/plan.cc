@@ -88,23 +88,28 @@ cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t st
   return status;
 }
 
-// Packed rows of few queries in the decode kernel, beside it the others in a prefill kernel.
+// Packed rows of few queries in the decode kernel, beside it the others in a prefill kernel. The
+// portable one shares multiprocessors with the decode kernel before it. A Hopper block takes all of
+// one: it comes first, and leaves the decode kernel the multiprocessors that its work allows.
 template <DType kDType>
 cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStream_t stream) {
   AttentionParams decode = p, prefill = p;
   decode.max_len_q = decode_max_len_q(p.heads_q / p.heads_kv);
   prefill.min_len_q = decode.max_len_q + 1;
-  // A Hopper block takes all of a multiprocessor: nothing runs beside it.
   const int tile_dim = tile_dim_of(p.head_dim);
-  prefill.beside_previous = !runs_hopper_kernel(prefill, tile_dim, current_capability());
-  scratch.leaves_room = prefill.beside_previous;
+  const bool hopper = runs_hopper_kernel(prefill, tile_dim, current_capability());
+  (hopper ? decode : prefill).beside_previous = true;
+  scratch.leaves_room = !hopper;
+  scratch.next_task = hopper ? p.next_tile + 1 : nullptr;
+  const auto run_prefill = [&] {
+    return run_attention(Operation::kPrefill, prefill, scratch, stream);
+  };
   return with_tile(
       tile_dim,
       [&]<int kDim>() {
-        cudaError_t status = launch_decode<kDim, kDType>(decode, scratch, stream);
-        if (status == cudaSuccess) {
-          status = run_attention(Operation::kPrefill, prefill, scratch, stream);
-        }
+        cudaError_t status = hopper ? run_prefill() : cudaSuccess;
+        if (status == cudaSuccess) status = launch_decode<kDim, kDType>(decode, scratch, stream);
+        if (status == cudaSuccess && !hopper) status = run_prefill();
         if (status != cudaSuccess) return status;
         return launch_combine<kDim, kDType>(decode, scratch, stream);
       },

@@ -65,7 +65,7 @@ def _ffi_call(op, args, static):
     if op.name == "jax_fa_decode":
         results += _decode_scratch(operands)
     elif op.name in ("jax_fa_fwd", "jax_fa_varlen_fwd", "jax_fa_hybrid"):
-        results.append(jax.ShapeDtypeStruct((1,), np.int32))  # of prefill: tiles that were taken
+        results.append(jax.ShapeDtypeStruct((2,), np.int32))  # tiles, tasks that were taken
     if op.name == "jax_fa_hybrid":
         results += _hybrid_scratch(operands, static["split_size"])
     if op.name in BACKWARD:

@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import jax_fa
 from jax_fa import _jax_fa
@@ -91,6 +93,25 @@ def test_hopper_takes_each_tile_once_and_the_longest_of_a_section_first(longest_
             for one in set(sections):
                 order = [t for (_, t), s in zip(places, sections) if s == one]
                 assert order == sorted(order, reverse=True)
+
+
+def _hybrid_time(sms, tiles, prefill, decode, share):
+    """When both launches have ended: half of the multiprocessors read as fast as all."""
+    prefill_end = -(-tiles // share) * prefill * sms / tiles
+    return prefill_end + max(decode - min(2 * (sms - share) / sms, 1) * prefill_end, 0)
+
+
+@hypothesis.given(tiles=st.integers(1, 5000), prefill=st.floats(1, 1000), decode=st.floats(1, 1000))
+def test_prefill_takes_the_share_that_ends_first(tiles, prefill, decode):
+    sms = 132
+    times = [_hybrid_time(sms, tiles, prefill, decode, share) for share in range(1, sms + 1)]
+    share = _jax_fa.prefill_share(sms, tiles, prefill, decode)
+    assert times[share - 1] <= 1.01 * min(times)
+
+
+def test_prefill_takes_all_or_nothing_without_the_other():
+    assert _jax_fa.prefill_share(132, 0, 0, 10) == 0
+    assert _jax_fa.prefill_share(132, 7, 10, 0) == 132
 
 
 def _python(code, arch):

@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(T::kThreads, packed_blocks<T>())
   while (true) {
     if (threadIdx.x < 32) next_task(smem.schedule, smem.task, p, scratch);
     __syncthreads();  // the task is known
-    if (smem.task.b == p.batch) return;
+    if (smem.task.b == p.batch) return end_after_previous(p);
     attend<T, true>(smem, p, scratch, smem.task);
     __syncthreads();  // shared memory is free again
   }
@@ -305,7 +305,7 @@ cudaError_t launch_packed(const AttentionParams& p, const SplitScratch& scratch,
   SplitScratch shared = scratch;
   shared.workers = multiprocessors * (leaves_room ? few : blocks);
   return launch(kernel, dim3(multiprocessors * blocks), T::kThreads, kSharedBytes, stream,
-                /*beside_previous=*/false, p, shared);
+                p.beside_previous, p, shared);
 }
 
 template <typename T>

@@ -4,7 +4,8 @@
 // that is common to all rows: a given one, or the candidate that a model of the time likes best, by
 // sums over all rows. So the order of rows does not change a row's bits, and with a given length
 // neither do other rows. Tasks are (row, part, group of columns, key head), the last varying
-// fastest. As many blocks as run at once take them in turn.
+// fastest. As many blocks as run at once take them in turn, or as they come to them where some may
+// start late.
 #pragma once
 
 #include "decode/work.cuh"
@@ -55,7 +56,7 @@ struct ScheduleState {
   bool elsewhere[T::kWarps];
 
   int part_steps;    // of the longest part
-  int task, stride;  // the block's next task, and how many on its next but one is
+  int task, stride;  // the block's next task, and how many on its next but one is; 0: it asks
   int base;          // rows before it have `units_before`
   int units_before;
 };
@@ -63,7 +64,7 @@ struct ScheduleState {
 // The lane whose trial promises the shortest time.
 template <typename T>
 __device__ int choose(const AttentionParams& p, const SplitScratch& scratch, const Trial& trial,
-                      int64_t steps, int longest) {
+                      int64_t steps, int longest, bool elsewhere) {
   const auto bytes = [](const KvTensor& x) { return x.dtype >= DType::kInt8 ? 1 : 2; };
   const DecodeModel model{int(gridDim.x), float(p.head_dim * (bytes(p.k) + bytes(p.v))), 20,
                           T::kWarps * T::kStages * T::kStepKeys};
@@ -73,7 +74,8 @@ __device__ int choose(const AttentionParams& p, const SplitScratch& scratch, con
   const bool fits =
       blocks * T::kColumns <= scratch.columns && parts_of(longest, trial.part_steps) <= kMaxSplits;
   float time = model.time(blocks, float(steps) * p.heads_kv * T::kStepKeys,
-                          min(longest, trial.part_steps) * T::kStepKeys, partial_bytes);
+                          min(longest, trial.part_steps) * T::kStepKeys, partial_bytes,
+                          elsewhere && scratch.next_task);
   if (split && !fits) time = INFINITY;
   int best = threadIdx.x % 32;
 #pragma unroll
@@ -123,12 +125,12 @@ __device__ void start_schedule(ScheduleState<T>& state, const AttentionParams& p
     longest = max(longest, state.longest[w]);
     elsewhere |= state.elsewhere[w];
   }
-  const int best = choose<T>(p, scratch, trial, steps, longest);
+  const int best = choose<T>(p, scratch, trial, steps, longest, elsewhere);
   if (lane != best) return;
   const int workers = elsewhere ? scratch.workers : gridDim.x;  // others leave room
   state.part_steps = trial.part_steps;
   state.task = blockIdx.x;
-  state.stride = workers;
+  state.stride = elsewhere && scratch.next_task ? 0 : workers;
   state.base = blockIdx.x < workers ? 0 : p.batch;
   state.units_before = 0;
   if (blockIdx.x == 0) scratch.rows[p.batch] = {longest > trial.part_steps, T::kColumns};
@@ -139,6 +141,7 @@ template <typename T>
 __device__ void next_task(ScheduleState<T>& state, Task& task, const AttentionParams& p,
                           const SplitScratch& scratch) {
   const int lane = threadIdx.x % 32;
+  if (lane == 0 && state.stride == 0) state.task = atomicAdd(scratch.next_task, 1);
   __syncwarp();  // what lanes wrote before is there
   const int index = state.task, unit = index / p.heads_kv;
   int base = state.base, units_before = state.units_before;

@@ -53,12 +53,13 @@ struct DecodeModel {
   int block_keys;   // that a block could read while it starts, merges and ends
   int flight_keys;  // that a block has in flight
 
-  // `blocks` read `keys` keys in all, none more than `longest`; partials are float32.
-  __host__ __device__ float time(float blocks, float keys, float longest,
-                                 float partial_bytes) const {
-    const float waves = blocks / slots, rest = waves - int(waves);
+  // `blocks` read `keys` keys in all, none more than `longest`; partials are float32. Beside
+  // another launch nobody knows how full the last wave is.
+  __host__ __device__ float time(float blocks, float keys, float longest, float partial_bytes,
+                                 bool beside = false) const {
+    const float waves = blocks / slots, rest = beside ? 0 : waves - int(waves);
     // few blocks leave memory idle: the last wave takes 0.3 + 0.7 * rest of a full one
-    const float idle = rest == 0 ? 0 : 0.3f * (1 - rest) * (longest + block_keys);
+    const float idle = rest == 0 && !beside ? 0 : 0.3f * (1 - rest) * (longest + block_keys);
     const float rate = slots * key_bytes / kReadBytes;
     const float read = ((keys + blocks * block_keys) / slots + idle) * rate;
     const float wait = ceilf(longest / flight_keys) * kLatency;

@@ -1,6 +1,7 @@
 // Which queries a block of the forward kernel takes: see FwdGrid for the order.
 #pragma once
 
+#include "../mask.cuh"
 #include "../rows.cuh"
 #include "tiles.h"
 
@@ -15,14 +16,23 @@ struct QueryTile {
   int64_t token0;
 };
 
-// A stretch of tokens that one batch row owns, and the how-manyeth tile of it.
+// Packed tokens: stretch b = the tokens from the start of row b, or past the `elsewhere(b)` first
+// ones that belong to another launch, to the start of row b + 1; stretch -1 = those before the
+// first row.
+template <class Elsewhere>
+__device__ inline Interval stretch_tokens(const int* start, int batch, int total, int b,
+                                          Elsewhere elsewhere) {
+  int begin = b < 0 ? 0 : b < batch ? start[b] : total;
+  if (b >= 0 && b < batch) begin += elsewhere(b);
+  return {begin, b + 1 < batch ? start[b + 1] : total};
+}
+
+// A stretch, and the how-manyeth tile of it.
 struct Stretch {
   int b, begin, end, tile;
 };
 
-// Packed tokens: stretch b = the tokens from the start of row b, or past the `elsewhere(b)` first
-// ones that belong to another launch, to the start of row b + 1; stretch -1 = those before the
-// first row. A warp scans the number of tiles of kStretches stretches a lane at a time.
+// A warp scans the number of tiles of kStretches stretches a lane at a time.
 template <int kBlockM, int kStretches, class Elsewhere>
 __device__ inline Stretch find_stretch(const int* start, int batch, int total, int tile,
                                        Elsewhere elsewhere) {
@@ -33,9 +43,9 @@ __device__ inline Stretch find_stretch(const int* start, int batch, int total, i
 #pragma unroll
     for (int i = 0; i < kStretches; ++i) {
       const int b = base + lane * kStretches + i;
-      begin[i] = b < 0 ? 0 : b < batch ? start[b] : total;
-      if (b >= 0 && b < batch) begin[i] += elsewhere(b);
-      end[i] = b + 1 < batch ? start[b + 1] : total;
+      const Interval tokens = stretch_tokens(start, batch, total, b, elsewhere);
+      begin[i] = tokens.lo;
+      end[i] = tokens.hi;
       tiles += (end[i] - begin[i] + kBlockM - 1) / kBlockM;
     }
     int scan = tiles;

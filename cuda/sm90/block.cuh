@@ -58,6 +58,9 @@ struct HopperStorage {
   alignas(1024) Tile<Traits::kBlockM> q[Traits::kTile.q_buffers];
   alignas(1024) Tile<Traits::kBlockN> k[Traits::kStages], v[Traits::kStages];
   alignas(16) char tiles[kTiles][sizeof(WorkTile)];
+  // Of warp 0 of the producers: tiles of a pair, blocks that take tiles, whether in a fixed turn.
+  int pair_tiles, blocks;
+  bool in_turn;
   ptx::Barrier tile_full[kTiles], tile_empty[kTiles];
   ptx::Barrier q_full[Traits::kTile.q_buffers], q_empty[Traits::kTile.q_buffers];
   ptx::Barrier k_full[Traits::kStages], k_empty[Traits::kStages];
@@ -98,10 +101,17 @@ struct Ring {
   __device__ void advance() { ++count; }
 };
 
+// What the rows of a hybrid batch cost, in any unit of time: a pair of a query and a key that it
+// sees, and a tile, of rows of this launch; a key of the others.
+struct HybridCosts {
+  float pair, tile, key;
+};
+
 struct HopperParams {
   AttentionParams attention;
   CUtensorMap q, k, v, o;  // k and v in boxes of box_tokens tokens, o of 16
-  HopperOrder order;
+  HopperOrder order;       // of packed queries before their tiles are counted: at most so many
+  HybridCosts costs;
   int box_tokens;
   int* next_tile;  // tiles beyond the first of each block that have been taken; null: in fixed turn
 };

@@ -18,8 +18,11 @@ struct Scheduler {
   TileRing ring = {}, oldest = {};  // the next to publish, and the oldest that was not waited for
 
   __device__ void run() {
-    for (int i = blockIdx.x; i < params.order.total; i = next(i)) {
-      const HopperOrder::Place place = params.order(i);
+    count();
+    for (int i = blockIdx.x; blockIdx.x < shared.blocks && i < total(); i = next(i)) {
+      HopperOrder order = params.order;
+      order.tiles = shared.pair_tiles;
+      const HopperOrder::Place place = order(i);
       const QueryTile q = query_tile<Traits::kBlockM, 1>(p, place.pair, place.tile);
       if (q.rows > 0) schedule(q);
     }
@@ -27,22 +30,71 @@ struct Scheduler {
   }
 
  private:
+  __device__ int total() const { return shared.pair_tiles * params.order.pairs; }
+
+  // How many tiles there are, and of a hybrid batch how many blocks take them.
+  __device__ void count() {
+    if (lane == 0) {
+      shared.pair_tiles = params.order.tiles;
+      shared.blocks = gridDim.x;
+      shared.in_turn = !params.next_tile;
+    }
+    if (p.q_start) count_packed();
+    __syncwarp();  // all lanes know it
+  }
+
+  __device__ void count_packed() {
+    int tiles = 0, longest = 0;
+    float pairs = 0.f, keys = 0.f;
+#pragma unroll 1
+    for (int b = lane - 1; b < p.batch; b += 32) {
+      const Interval tokens = stretch_tokens(p.q_start, p.batch, p.total_q, b,
+                                             [&](int b) { return queries_elsewhere(p, b); });
+      const int stretch_tiles = (tokens.hi - tokens.lo + Traits::kBlockM - 1) / Traits::kBlockM;
+      tiles += stretch_tiles;
+      longest = max(longest, stretch_tiles);
+      const int len_q = p.min_len_q > 0 && b >= 0 ? row_len_q(p, b) : 0;
+      if (len_q == 0) continue;
+      const IntervalMask mask(len_q, row_len_kv(p, b), p.window_left, p.window_right, p.top_left);
+      const bool here = len_q >= p.min_len_q;
+      const Interval seen = here ? mask.seen_by_any(len_q / 2, len_q / 2 + 1)  // an average query
+                                 : mask.seen_by_any(0, len_q);
+      (here ? pairs : keys) += float(max(seen.hi - seen.lo, 0)) * (here ? len_q : 1);
+    }
+    tiles = __reduce_add_sync(0xffffffff, tiles);
+    longest = __reduce_max_sync(0xffffffff, longest);
+    if (lane == 0) {
+      shared.pair_tiles = tiles;
+      shared.in_turn |= longest < kTilesWorthTaking;
+    }
+    if (p.min_len_q == 0) return;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      pairs += __shfl_xor_sync(0xffffffff, pairs, step);
+      keys += __shfl_xor_sync(0xffffffff, keys, step);
+    }
+    const HybridCosts& costs = params.costs;
+    tiles *= params.order.pairs;
+    const int blocks =
+        prefill_share(gridDim.x, tiles, pairs * costs.pair + tiles * costs.tile, keys * costs.key);
+    if (lane == 0) shared.blocks = blocks;
+  }
+
   __device__ int next(int i) {
-    if (!params.next_tile) return i + gridDim.x;
+    if (shared.in_turn) return i + shared.blocks;
     for (; ring.count - oldest.count >= HopperStorage<Traits>::kTilesTaken; oldest.advance()) {
       ptx::barrier_wait(shared.tile_empty[oldest.at()], oldest.parity());
     }
     int taken = 0;
     if (lane == 0) taken = atomicAdd(params.next_tile, 1);
-    return gridDim.x + __shfl_sync(0xffffffff, taken, 0);
+    return shared.blocks + __shfl_sync(0xffffffff, taken, 0);
   }
 
   // Hands a tile over, or writes it here if none of its queries sees a key.
   __device__ void schedule(const QueryTile& q) {
     constexpr int kBlockN = Traits::kBlockN;
     const int b = max(q.b, 0);
-    const int len_kv = p.kv.length ? min(max(p.kv.length[b], 0), p.kv.len_kv) : p.kv.len_kv;
-    const IntervalMask mask(q.len_q, len_kv, p.window_left, p.window_right, p.top_left);
+    const IntervalMask mask(q.len_q, row_len_kv(p, b), p.window_left, p.window_right, p.top_left);
     const int row_end = min(q.row0 + q.rows, q.len_q);
     const Interval any = mask.seen_by_any(q.row0, max(row_end, q.row0 + 1));
     const int begin = any.lo / kBlockN;
@@ -121,41 +173,54 @@ struct Loader {
     q_ring.advance();
   }
 
+  // A lane starts one box: all of a tile of keys, or of paged ones one page, where that has keys.
+  struct Box {
+    int row, token;  // of the arrays, to which that of the batch row comes; token -1: no box
+  };
+
+  __device__ int box_start() const { return lane * params.box_tokens; }  // in the tile
+
+  // Looks a box up before there is room for it.
+  __device__ Box find_box(const WorkTile& tile, int n) const {
+    const int key = n * Traits::kBlockN + box_start();
+    if (box_start() >= Traits::kBlockN || key >= tile.mask.len_kv) return {0, -1};
+    if (!p.kv.page_table) return {0, tile.start + key};
+    const int page = key / p.kv.page_size;
+    return {p.kv.page_table[int64_t(tile.q.b) * p.kv.max_pages + page],
+            key - page * p.kv.page_size};
+  }
+
   // Keys come before the queries: their place is free sooner.
   __device__ void load(const WorkTile& tile) {
+    Box box = find_box(tile, tile.end - 1);
     for (int n = tile.end - 1; n >= tile.begin; --n) {
+      const Box next = find_box(tile, max(n - 1, tile.begin));
       const int at = kv_ring.at(), parity = kv_ring.parity() ^ 1;
       ptx::barrier_wait(shared.k_empty[at], parity);
-      load_keys(shared.k[at], params.k, shared.k_full[at], tile, tile.k_row, n);
+      load_keys(shared.k[at], params.k, shared.k_full[at], tile.head_kv, tile.k_row, box);
       if (n == tile.end - 1) load_q(tile.q);
       ptx::barrier_wait(shared.v_empty[at], parity);
       const bool clear = n == tile.end - 1 && must_clear<Traits>(tile);
-      load_keys(shared.v[at], params.v, clear ? shared.v_uncleared[at] : shared.v_full[at], tile,
-                tile.v_row, n);
+      load_keys(shared.v[at], params.v, clear ? shared.v_uncleared[at] : shared.v_full[at],
+                tile.head_kv, tile.v_row, box);
       kv_ring.advance();
+      box = next;
     }
   }
 
-  // A lane starts one box: all of the tile, or of paged keys one page, where that has keys.
   template <class Tile>
-  __device__ void load_keys(Tile& sTile, const CUtensorMap& map, ptx::Barrier& full,
-                            const WorkTile& tile, int row, int n) {
-    const int first = lane * params.box_tokens, key = n * Traits::kBlockN + first;
-    const bool mine = first < Traits::kBlockN && key < tile.mask.len_kv;
-    const int boxes = __popc(__ballot_sync(0xffffffff, mine));
+  __device__ void load_keys(Tile& sTile, const CUtensorMap& map, ptx::Barrier& full, int head_kv,
+                            int row, const Box& box) {
+    const int boxes = __popc(__ballot_sync(0xffffffff, box.token >= 0));
     if (lane == 0) {
       ptx::barrier_expect(full, boxes * params.box_tokens * Traits::kHeadDim * 2);
     }
     __syncwarp();  // announced before any of it lands
-    if (!mine) return;
-    int token = tile.start + key;
-    if (p.kv.page_table) {
-      row += p.kv.page_table[int64_t(tile.q.b) * p.kv.max_pages + key / p.kv.page_size];
-      token = key % p.kv.page_size;
-    }
+    if (box.token < 0) return;
 #pragma unroll
     for (int i = 0; i < Traits::kPanels; ++i) {
-      ptx::tensor_load(sTile[i][first], map, i * Traits::kPanel, tile.head_kv, token, row, full);
+      ptx::tensor_load(sTile[i][box_start()], map, i * Traits::kPanel, head_kv, box.token,
+                       row + box.row, full);
     }
   }
 };

@@ -57,6 +57,38 @@ struct HopperOrder {
   }
 };
 
+// A prefill launch of `tiles` on `share` of the multiprocessors beside a decode launch that has the
+// others, and those too when it is done: when both have ended. `prefill` and `decode` are the times
+// that each would take on all of them; half of them read as fast as all.
+__host__ __device__ constexpr float hybrid_time(int sms, int tiles, float prefill, float decode,
+                                                int share) {
+  const float prefill_end = (tiles + share - 1) / share * (prefill * sms / tiles);
+  const float rate = 2.f * (sms - share) / sms;
+  const float rest = decode - (rate < 1 ? rate : 1) * prefill_end;
+  return prefill_end + (rest > 0 ? rest : 0);
+}
+
+// A share that makes it shortest, each multiprocessor of which runs as many tiles, rounded to
+// either side. A short prefill ends halfway: neither a decode that it slows down nor its own tiles
+// that wait for memory longer than alone cost time then.
+__host__ __device__ constexpr int prefill_share(int sms, int tiles, float prefill, float decode) {
+  if (tiles == 0) return 0;
+  if (decode <= 0) return sms;
+  const float even = prefill <= decode / 4   ? 2 * prefill / decode
+                     : prefill <= decode / 2 ? 0.5f
+                                             : 2 * prefill / (2 * prefill + decode);
+  const int rounds = int(tiles / (even * sms));
+  int best = sms;
+  for (int i = rounds < 1 ? 1 : rounds; i <= rounds + 1; ++i) {
+    const int share = (tiles + i - 1) / i;
+    if (share < sms && hybrid_time(sms, tiles, prefill, decode, share) <
+                           hybrid_time(sms, tiles, prefill, decode, best)) {
+      best = share;
+    }
+  }
+  return best;
+}
+
 inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile) {
   if (fwd_sm80_general(p)) return FwdClass::kGeneral;
   if (p.window_left >= 0 || p.window_right >= 0) return FwdClass::kMasked;
@@ -77,6 +109,9 @@ inline bool fwd_sm90_covers(const AttentionParams& p, int head_dim_tile) {
   const int page = p.kv.page_size;
   return page % 8 == 0 && (n % page == 0 || page % n == 0);
 }
+
+// With fewer tiles of a row, their differences even out among the many that each block runs.
+constexpr int kTilesWorthTaking = 8;
 
 inline HopperOrder fwd_sm90_order(const AttentionParams& p, const HopperTile& tile, bool masked) {
   const int tiles = fwd_tiles(p, tile.m);
