@@ -83,7 +83,7 @@ struct SplitScratch {
   int columns;       // that there is place for; below: packed queries, divided on the device
   int part_keys;     // the most keys of a part of a row, or 0: the device chooses
   int2* rows;        // [batch + 1]: a row's first task and its parts, where some row has several;
-                     // at the end whether one has, and the columns of a task
+                     // at the end the most parts of a row, and the columns of a task
   int* next_task;    // tasks of packed rows that have been taken, 0 at first; or null: each block
                      // takes them in a turn of its own
   bool leaves_room;  // on every multiprocessor, if there are rows for another launch:

@@ -67,10 +67,11 @@ __device__ inline float warp_sum(float x) {
 }
 
 // A block merges rows of the output, one at a time: kLanes threads span its dims, four each, and
-// kParts such groups take the splits in turn.
+// kParts such groups take the splits in turn. Or each of its warps merges one with few splits.
 template <int kHeadDim, DType kDType>
 struct Combine {
   static constexpr int kLanes = kHeadDim / 4, kParts = 8, kThreads = kLanes * kParts;
+  static constexpr int kFew = 32;  // splits: a lane for the weight of each
 
   struct Shared {
     float weight[kMaxSplits], lse;
@@ -106,6 +107,36 @@ struct Combine {
     if (threadIdx.x == 0) shared.lse = sum == 0.f ? -INFINITY : top + __logf(sum);
   }
 
+  __device__ void merge_few(const Partials& partials, const Row<true>& row, int token,
+                            int head) const {
+    const int lane = threadIdx.x % 32;
+    const float lse =
+        lane < partials.parts ? scratch.lse[partials.first + lane * partials.stride] : -INFINITY;
+    const float top = warp_max(lse), share = lse == -INFINITY ? 0.f : __expf(lse - top);
+    const float sum = warp_sum(share), weight = share == 0.f ? 0.f : share / sum;
+#pragma unroll
+    for (int dim0 = 0; dim0 < kHeadDim; dim0 += 128) {
+      const int dim = dim0 + lane * 4;
+      float4 o = {};
+#pragma unroll 4
+      for (int part = 0; part < partials.parts; ++part) {
+        const float w = __shfl_sync(~0u, weight, part);
+        if (w != 0.f && dim < p.head_dim_v) add(o, w, partials, part, dim);
+      }
+      if (dim < p.head_dim_v) {
+        store_row<kDType>(p, row, token, head, dim, o, sum == 0.f ? -INFINITY : top + __logf(sum));
+      }
+    }
+  }
+
+  // A split's share. An empty one has weight 0 and perhaps no partial.
+  __device__ void add(float4& o, float weight, const Partials& partials, int part, int dim) const {
+    const int64_t index = partials.first + part * partials.stride;
+    const float4 x =
+        __ldcs(reinterpret_cast<const float4*>(scratch.o + index * p.head_dim_v + dim));
+    o = {o.x + weight * x.x, o.y + weight * x.y, o.z + weight * x.z, o.w + weight * x.w};
+  }
+
   template <bool kPacked>
   __device__ void merge(const Partials& partials, const Row<kPacked>& row, int token,
                         int head) const {
@@ -117,11 +148,7 @@ struct Combine {
 #pragma unroll 4
       for (int part = group; part < partials.parts; part += kParts) {
         const float weight = shared.weight[part];
-        if (weight == 0.f) continue;  // perhaps an empty split, which writes no partial
-        const int64_t index = partials.first + part * partials.stride;
-        const float4 x =
-            __ldcs(reinterpret_cast<const float4*>(scratch.o + index * p.head_dim_v + dim));
-        o = {o.x + weight * x.x, o.y + weight * x.y, o.z + weight * x.z, o.w + weight * x.w};
+        if (weight != 0.f) add(o, weight, partials, part, dim);
       }
     }
     shared.o[group][lane] = o;
@@ -149,26 +176,37 @@ __global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
   Combine<kHeadDim, kDType>{p, scratch, shared}.merge(partials, row, token, head);
 }
 
-// Packed rows: as many blocks as run at once take the heads of rows in several parts.
+// Packed rows: as many blocks as run at once take the heads of rows in several parts, a warp for
+// those in few of them.
 template <int kHeadDim, DType kDType>
-__global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
+__global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads, 1)
     packed_combine_kernel(const AttentionParams p, const SplitScratch scratch) {
   __shared__ typename Combine<kHeadDim, kDType>::Shared shared;
   ptx::wait_for_previous_grid();
-  const auto [split, columns] = scratch.rows[p.batch];
-  if (!split) return;
-  for (int i = blockIdx.x; i < p.batch * p.heads_q; i += gridDim.x) {
-    const Row<true> row(p, i / p.heads_q);
-    if (row.len_q == 0 || row.len_q > p.max_len_q) continue;
-    const int2 tasks = scratch.rows[row.b];
-    if (tasks.y == 1) continue;
-    const int head = i % p.heads_q;
-    for (int token = 0; token < row.len_q; ++token) {
-      const Partials partials = packed_partials_of(p, tasks, columns, row.len_q, token, head);
-      Combine<kHeadDim, kDType>{p, scratch, shared}.merge(partials, row, token, head);
-      __syncthreads();  // shared memory is free again
+  using T = Combine<kHeadDim, kDType>;
+  const T combine{p, scratch, shared};
+  const auto [most_parts, columns] = scratch.rows[p.batch];
+  // calls merge(partials, row, token, head) for rows in more than `above`, up to `most` parts
+  const auto for_each = [&](int first, int stride, int above, int most, auto merge) {
+    if (most_parts <= above) return;
+    for (int i = first; i < p.batch * p.heads_q; i += stride) {
+      const Row<true> row(p, i / p.heads_q);
+      if (row.len_q == 0 || row.len_q > p.max_len_q) continue;
+      const int2 tasks = scratch.rows[row.b];
+      if (tasks.y <= above || tasks.y > most) continue;
+      const int head = i % p.heads_q;
+      for (int token = 0; token < row.len_q; ++token) {
+        merge(packed_partials_of(p, tasks, columns, row.len_q, token, head), row, token, head);
+      }
     }
-  }
+  };
+  constexpr int kWarps = T::kThreads / 32;
+  for_each(blockIdx.x * kWarps + threadIdx.x / 32, gridDim.x * kWarps, 1, T::kFew,
+           [&](auto... of) { combine.merge_few(of...); });
+  for_each(blockIdx.x, gridDim.x, T::kFew, kMaxSplits, [&](auto... of) {
+    combine.merge(of...);
+    __syncthreads();  // shared memory is free again
+  });
 }
 
 }  // namespace jax_fa::decode

@@ -71,7 +71,7 @@ struct SharedStorage {
   float max_log2[T::kWarps][T::kColumns], sum[T::kWarps][T::kColumns];
   Column columns[T::kColumns];
   ScheduleState<T> schedule;  // packed rows
-  Task task;
+  Task<true> tasks[2];        // this one, and one that is taken early
 };
 
 // Q^T as B fragments. Lane (g, c) of step i holds, for column g, the four dims that lane (., c)
@@ -104,7 +104,7 @@ __device__ void load_q(SharedStorage<T>& smem, const AttentionParams& p, const R
 template <typename T, bool kPacked>
 __device__ void merge_and_store(const SharedStorage<T>& smem, const AttentionParams& p,
                                 const SplitScratch& scratch, const Row<kPacked>& row,
-                                const Task& task) {
+                                const Task<kPacked>& task) {
   constexpr int kVectors = T::kHeadDim / 4;
 #pragma unroll T::kWarps == kWideWarps ? 1 : 4
   for (int i = threadIdx.x; i < T::kColumns * kVectors; i += T::kThreads) {
@@ -137,23 +137,29 @@ __device__ void merge_and_store(const SharedStorage<T>& smem, const AttentionPar
   }
 }
 
-template <typename T, bool kPacked>
-__device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionParams& p,
-                                       const SplitScratch& scratch, const Task& task) {
-  const int b = task.b, head_kv = task.head_kv;
+// A row in one piece: its first keys are on their way while its length is.
+template <typename T>
+__device__ __forceinline__ void prefetch(const AttentionParams& p, int b, int head_kv, int parts) {
+  if (p.kv.page_table || p.kv.rows || parts > 1 || p.window_left >= 0) return;
   const typename T::KeyReader key_reader(p.k, p.kv, b, head_kv, p.head_dim);
   const typename T::ValueReader value_reader(p.v, p.kv, b, head_kv, p.head_dim_v);
-  if (T::kWarps == kWideWarps && !p.kv.page_table && !p.kv.rows && task.parts == 1 &&
-      p.window_left < 0) {
-    // a row in one piece: its first keys are on their way while its length is
 #pragma unroll
-    for (int i = 0; i < T::kStages; ++i) {
-      const int key0 = (threadIdx.x / 32 + i * T::kWarps) * T::kStepKeys;
-      key_reader.prefetch(key0, T::kStepKeys, p.kv.len_kv);
-      value_reader.prefetch(key0, T::kStepKeys, p.kv.len_kv);
-    }
+  for (int i = 0; i < T::kStages; ++i) {
+    const int key0 = (threadIdx.x / 32 + i * T::kWarps) * T::kStepKeys;
+    key_reader.prefetch(key0, T::kStepKeys, p.kv.len_kv);
+    value_reader.prefetch(key0, T::kStepKeys, p.kv.len_kv);
   }
-  const Row<kPacked> row(p, b);
+}
+
+// `meanwhile` is called when the first copies are on their way.
+template <typename T, bool kPacked, class Meanwhile>
+__device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionParams& p,
+                                       const SplitScratch& scratch, const Task<kPacked>& task,
+                                       Meanwhile meanwhile) {
+  const Row<kPacked>& row = task.row;
+  const int b = row.b, head_kv = task.head_kv;
+  const typename T::KeyReader key_reader(p.k, p.kv, b, head_kv, p.head_dim);
+  const typename T::ValueReader value_reader(p.v, p.kv, b, head_kv, p.head_dim_v);
   const IntervalMask mask = row.mask(p);
   const Share share(mask, row.len_q, T::kStepKeys, task.part, task.parts);
   const RowKeys<T::kWholeTiles> keys(p.kv, b, share.any);
@@ -182,6 +188,7 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
   if (step < share.end_step) find_pages(step);
 #pragma unroll T::kWarps == kWideWarps ? 1 : T::kStages  // few blocks wait for cold instructions
   for (int i = 0; i < T::kStages; ++i) copy(step + i * T::kWarps, i);
+  meanwhile();
   if (threadIdx.x < T::kColumns) {
     const int i = task.column_group * T::kColumns + threadIdx.x;
     smem.columns[threadIdx.x] = make_column(p, row, mask, head_kv, i);
@@ -227,7 +234,11 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
   __syncthreads();  // no warp reads its queue any more: the merge takes its place
   consumer.publish(smem);
   __syncthreads();  // all warps' parts are in shared memory
-  merge_and_store(smem, p, scratch, Row<kPacked>(p, task.b), task);
+  if constexpr (kPacked) {
+    merge_and_store(smem, p, scratch, row, task);
+  } else {
+    merge_and_store(smem, p, scratch, Row<false>(p, blockIdx.z), task);  // not kept over the loop
+  }
 }
 
 template <typename T>
@@ -237,8 +248,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kMinBlocks)
   auto& smem = *reinterpret_cast<SharedStorage<T>*>(smem_bytes);
   ptx::launch_dependents();  // the next grid's blocks take the places that the last of these leave
   const int head_kv = blockIdx.x % p.heads_kv, column_group = blockIdx.x / p.heads_kv;
-  attend<T, false>(smem, p, scratch,
-                   {int(blockIdx.z), head_kv, column_group, int(blockIdx.y), scratch.splits, 0});
+  if constexpr (T::kWarps == kWideWarps) prefetch<T>(p, blockIdx.z, head_kv, scratch.splits);
+  const Task<false> task{Row<false>(p, blockIdx.z), head_kv,        column_group,
+                         int(blockIdx.y),           scratch.splits, 0};
+  attend<T>(smem, p, scratch, task, [] {});
 }
 
 // Blocks an SM for which registers are budgeted: 128 each where they suffice, so that half of the
@@ -258,13 +271,21 @@ __global__ void __launch_bounds__(T::kThreads, packed_blocks<T>())
   auto& smem = *reinterpret_cast<SharedStorage<T>*>(smem_bytes);
   ptx::launch_dependents();
   start_schedule(smem.schedule, p, scratch);
-  while (true) {
-    if (threadIdx.x < 32) next_task(smem.schedule, smem.task, p, scratch);
-    __syncthreads();  // the task is known
-    if (smem.task.b == p.batch) return end_after_previous(p);
-    attend<T, true>(smem, p, scratch, smem.task);
-    __syncthreads();  // shared memory is free again
+  __syncthreads();                           // the schedule is known
+  const auto take = [&](Task<true>& task) {  // the last warp: the first one has columns to make
+    if (threadIdx.x >= T::kThreads - 32) next_task(smem.schedule, task, p, scratch);
+  };
+  take(smem.tasks[0]);
+  __syncthreads();  // the first task is known
+  for (int i = 0; smem.tasks[i].row.b < p.batch; i ^= 1) {
+    Task<true>& next = smem.tasks[i ^ 1];
+    attend<T>(smem, p, scratch, smem.tasks[i], [&] {
+      if (smem.schedule.early) take(next);
+    });
+    if (!smem.schedule.early) take(next);
+    __syncthreads();  // shared memory is free again, the next task is known
   }
+  end_after_previous(p);
 }
 
 template <typename T>

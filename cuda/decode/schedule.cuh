@@ -16,17 +16,17 @@ namespace jax_fa::decode {
 // What the schedule needs to know of a row. One that belongs to another launch has no groups.
 template <typename T>
 struct RowWork {
+  Row<true> row = {};
   int groups = 0, steps = 0;  // of columns, of keys
   bool elsewhere = false;
 
   __device__ RowWork(const AttentionParams& p, int b) {
     if (b >= p.batch) return;
-    const int len_q = row_len_q(p, b);
-    elsewhere = len_q > p.max_len_q;
-    if (len_q == 0 || elsewhere) return;
-    const IntervalMask mask(len_q, row_len_kv(p, b), p.window_left, p.window_right);
-    const Steps seen(mask.seen_by_any(0, len_q), T::kStepKeys);
-    groups = (len_q * (p.heads_q / p.heads_kv) + T::kColumns - 1) / T::kColumns;
+    row = Row<true>(p, b);
+    elsewhere = row.len_q > p.max_len_q;
+    if (row.len_q == 0 || elsewhere) return;
+    const Steps seen(row.mask(p).seen_by_any(0, row.len_q), T::kStepKeys);
+    groups = (row.len_q * (p.heads_q / p.heads_kv) + T::kColumns - 1) / T::kColumns;
     steps = seen.end - seen.begin;
   }
 };
@@ -46,6 +46,9 @@ struct Trial {
   }
 };
 
+// A block that asks for a task early holds it back from others: only short ones are taken so.
+constexpr int kEarlyKeys = 512;
+
 // In shared memory: registers are for the accumulators.
 template <typename T>
 struct ScheduleState {
@@ -56,6 +59,7 @@ struct ScheduleState {
   bool elsewhere[T::kWarps];
 
   int part_steps;    // of the longest part
+  bool early;        // whether to take a task while the one before it is at work
   int task, stride;  // the block's next task, and how many on its next but one is; 0: it asks
   int base;          // rows before it have `units_before`
   int units_before;
@@ -100,12 +104,12 @@ __device__ void start_schedule(ScheduleState<T>& state, const AttentionParams& p
   int longest = 0;
   bool elsewhere = false;
   for (int b0 = warp * 32; b0 < p.batch; b0 += T::kThreads) {
-    const RowWork<T> row(p, b0 + lane);
-    steps += int64_t(row.groups) * row.steps;
-    longest = max(longest, row.steps);
-    elsewhere |= row.elsewhere;
+    const RowWork<T> work(p, b0 + lane);
+    steps += int64_t(work.groups) * work.steps;
+    longest = max(longest, work.steps);
+    elsewhere |= work.elsewhere;
     for (int i = 0; i < min(32, p.batch - b0); ++i) {
-      trial.add(__shfl_sync(~0u, row.groups, i), __shfl_sync(~0u, row.steps, i));
+      trial.add(__shfl_sync(~0u, work.groups, i), __shfl_sync(~0u, work.steps, i));
     }
   }
 #pragma unroll
@@ -132,13 +136,16 @@ __device__ void start_schedule(ScheduleState<T>& state, const AttentionParams& p
   state.task = blockIdx.x;
   state.stride = elsewhere && scratch.next_task ? 0 : workers;
   state.base = blockIdx.x < workers ? 0 : p.batch;
+  state.early = state.stride > 0 || min(longest, trial.part_steps) * T::kStepKeys <= kEarlyKeys;
   state.units_before = 0;
-  if (blockIdx.x == 0) scratch.rows[p.batch] = {longest > trial.part_steps, T::kColumns};
+  if (blockIdx.x == 0) {
+    scratch.rows[p.batch] = {parts_of(longest, trial.part_steps), T::kColumns};
+  }
 }
 
 // The block's next task, by one warp; row `batch` where none is left.
 template <typename T>
-__device__ void next_task(ScheduleState<T>& state, Task& task, const AttentionParams& p,
+__device__ void next_task(ScheduleState<T>& state, Task<true>& task, const AttentionParams& p,
                           const SplitScratch& scratch) {
   const int lane = threadIdx.x % 32;
   if (lane == 0 && state.stride == 0) state.task = atomicAdd(scratch.next_task, 1);
@@ -146,8 +153,8 @@ __device__ void next_task(ScheduleState<T>& state, Task& task, const AttentionPa
   const int index = state.task, unit = index / p.heads_kv;
   int base = state.base, units_before = state.units_before;
   for (; base < p.batch; base += 32) {
-    const RowWork<T> row(p, base + lane);
-    const int parts = parts_of(row.steps, state.part_steps), units = row.groups * parts;
+    const RowWork<T> work(p, base + lane);
+    const int parts = parts_of(work.steps, state.part_steps), units = work.groups * parts;
     int scan = units;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
@@ -157,7 +164,7 @@ __device__ void next_task(ScheduleState<T>& state, Task& task, const AttentionPa
     const int first = units_before + scan - units;
     if (unit >= first && unit < first + units) {  // true for one lane at most
       const int head_kv = index % p.heads_kv, within = unit - first;
-      task = {base + lane, head_kv, within % row.groups, within / row.groups, parts, index};
+      task = {work.row, head_kv, within % work.groups, within / work.groups, parts, index};
       if (within == 0 && head_kv == 0) scratch.rows[base + lane] = {first, parts};
     }
     const int units_after = units_before + __shfl_sync(~0u, scan, 31);
@@ -166,7 +173,7 @@ __device__ void next_task(ScheduleState<T>& state, Task& task, const AttentionPa
   }
   __syncwarp();  // no lane reads the state any more
   if (lane == 0) {
-    if (base >= p.batch) task.b = p.batch;
+    if (base >= p.batch) task.row.b = p.batch;
     state.task = index + state.stride;
     state.base = base;
     state.units_before = units_before;

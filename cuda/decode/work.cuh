@@ -8,19 +8,21 @@
 
 namespace jax_fa::decode {
 
-// The queries of a batch row: tokens [token0, token0 + len_q) of the array.
+// A batch row. Its queries are tokens [token0, token0 + len_q) of the array.
 template <bool kPacked>
 struct Row {
-  int b, len_q;
+  int b, len_q, len_kv;
   int64_t token0;
 
+  Row() = default;
   __device__ Row(const AttentionParams& p, int b)
       : b(b),
         len_q(kPacked ? row_len_q(p, b) : p.len_q),
+        len_kv(row_len_kv(p, b)),
         token0(kPacked ? p.q_start[b] : int64_t(b) * p.len_q) {}
 
   __device__ IntervalMask mask(const AttentionParams& p) const {
-    return {len_q, row_len_kv(p, b), p.window_left, p.window_right};
+    return {len_q, len_kv, p.window_left, p.window_right};
   }
 
   __device__ int64_t lse_offset(const AttentionParams& p, int token, int head) const {
@@ -29,8 +31,10 @@ struct Row {
 };
 
 // A group of columns of a row and key head, over a part of its keys.
+template <bool kPacked>
 struct Task {
-  int b, head_kv, column_group;
+  Row<kPacked> row;
+  int head_kv, column_group;
   int part, parts;
   int index;  // packed rows: among all tasks
 };
