@@ -274,7 +274,7 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
     const FwdClass kind = fwd_sm90_class(p, tile_dim);
     const HopperTile tile = fwd_sm90_tile(tile_dim, kind);
     const int warps = (tile.m / 64 + 1) * 4;
-    const int64_t tiles = fwd_sm90_order(p, tile, kind != FwdClass::kFull).total;
+    const int64_t tiles = fwd_sm90_order(p, tile).total;
     return {hybrid ? "decode, sm90/fwd" : "sm90/fwd",
             tile.m,
             tile.n,

@@ -66,14 +66,13 @@ struct Softcap {
 };
 
 // Everything at run time: softcap(scale * q.k) - slope * |i + diagonal - j| + bias[i, j].
-template <bool kBias>
-struct AnyScore {
+struct GeneralScore {
   const AttentionParams& params;
   int b, head, len_q;
   const IntervalMask& mask;
 
-  __device__ AnyScore(const AttentionParams& params, int b, int head, int len_q,
-                      const IntervalMask& mask)
+  __device__ GeneralScore(const AttentionParams& params, int b, int head, int len_q,
+                          const IntervalMask& mask)
       : params(params), b(b), head(head), len_q(len_q), mask(mask) {}
 
   static constexpr bool kHasSlope = true;
@@ -106,7 +105,7 @@ struct AnyScore {
       const int diagonal = mask.diagonal;
       for_each([=](float& x, Place i, Place j) { x -= slope * fabsf(distance(i, j, diagonal)); });
     }
-    if (kBias && params.bias) {
+    if (params.bias) {
       if (params.bias_dtype == DType::kF16) add_bias<__half>(for_each);
       if (params.bias_dtype == DType::kBF16) add_bias<__nv_bfloat16>(for_each);
       if (params.bias_dtype == DType::kF32) add_bias<float>(for_each);
@@ -127,7 +126,74 @@ struct AnyScore {
   }
 };
 
-using GeneralScore = AnyScore<true>;
-using UnbiasedScore = AnyScore<false>;
+// What all scores of a launch without a bias have in common. They are counted in units of the
+// softcap, or else of a positive scale, so that neither costs a product of its own.
+struct ScoreUnits {
+  float unit, factor;  // score before softcap and slopes = unit * factor * q.k
+  bool capped;
+  // tanh(factor * x) is x (c[0] + c[1] x^2 + c[2] x^4) within 2.3e-5 of itself where x^2 < range.
+  float c[3], range;
+
+  explicit ScoreUnits(const AttentionParams& p)
+      : unit(p.softcap > 0.f ? p.softcap
+             : p.scale > 0.f ? p.scale
+                             : 1.f),
+        factor(p.softcap > 0.f || p.scale <= 0.f ? p.scale / unit : 1.f),
+        capped(p.softcap > 0.f) {
+    const float square = factor * factor;
+    c[0] = 0.999977436f * factor;
+    c[1] = -0.331691508f * factor * square;
+    c[2] = 0.115209761f * factor * square * square;
+    range = 0.25f / square;
+  }
+};
+
+// The scores of one head of one row: tanh instead of itself past a softcap, less slope * distance.
+struct UnbiasedScore {
+  const ScoreUnits& units;
+  float slope;  // in units
+  int diagonal;
+
+  // All lanes of a warp call it.
+  template <class ForEach>
+  __device__ void apply(ForEach for_each) const {
+    if (units.capped) {
+      cap(for_each);
+    } else if (units.factor != 1.f) {
+      for_each([&](float& x, Place, Place) { x *= units.factor; });
+    }
+    if (slope == 0.f) return;
+    for_each(
+        [&](float& x, Place i, Place j) { x = fmaf(-slope, fabsf(distance(i, j, diagonal)), x); });
+  }
+
+  __device__ float to_log2() const { return units.unit * kLog2e; }
+
+ private:
+  // By the polynomial, unless the sum of a few squares is past its range.
+  template <class ForEach>
+  __device__ void cap(ForEach for_each) const {
+    constexpr int kSums = 4;
+    float sums[kSums] = {};
+    for_each([&](float& x, Place, Place j) {
+      float& sum = sums[j.step / 8 % kSums];
+      sum = fmaf(x, x, sum);
+    });
+    bool within = true;
+#pragma unroll
+    for (const float sum : sums) within = within && sum < units.range;
+    if (__all_sync(0xffffffff, within)) {
+      for_each([&](float& x, Place, Place) {
+        const float square = x * x;
+        x *= fmaf(square, fmaf(square, units.c[2], units.c[1]), units.c[0]);
+      });
+    } else {
+      const float twice_log2 = units.factor * (2.f * kLog2e);
+      for_each([&](float& x, Place, Place) {
+        x = 1.f - 2.f * ptx::rcp(1.f + ptx::exp2(x * twice_log2));
+      });
+    }
+  }
+};
 
 }  // namespace jax_fa

@@ -18,7 +18,6 @@ struct HopperTraits {
   static constexpr DType kDType = kDType_;
   static constexpr FwdClass kClass = kClass_;
   using Element = typename Mma<kDType>::Element;
-  using Score = std::conditional_t<kClass == FwdClass::kGeneral, UnbiasedScore, ScaledScore>;
 
   static constexpr HopperTile kTile = fwd_sm90_tile(kHeadDim, kClass);
   static constexpr int kBlockM = kTile.m;
@@ -27,6 +26,9 @@ struct HopperTraits {
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr bool kMasked = kClass != FwdClass::kFull;
+  static constexpr bool kGeneral = kClass == FwdClass::kGeneral;
+  // Whether a tile of keys can be past all that one warpgroup's queries see, and not another's.
+  static constexpr bool kSkips = kBlockM > kBlockN;
 
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;  // elements: see wgmma.cuh
   static constexpr int kPanels = kHeadDim / kPanel;
@@ -34,6 +36,8 @@ struct HopperTraits {
   // All that an SM has, 64 K: consumers hold s, p and o.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  // Whether enough are left to change scores while p V still runs.
+  static constexpr bool kScoresUnderPv = kConsumerRegisters - kBlockN * 3 / 4 - kHeadDim / 2 >= 72;
 };
 
 // What producers tell consumers of a tile.
@@ -43,6 +47,7 @@ struct WorkTile {
   int begin = 0, end = 0;  // tiles of keys that some query sees: at least one
   // Where its keys lie: head, rows and the first token, of paged keys the layer's first pages.
   int head_kv = 0, k_row = 0, v_row = 0, start = 0;
+  float slope = 0.f;  // of ALiBi, in the unit of scores
 };
 
 template <class Traits>
@@ -112,15 +117,18 @@ struct HopperParams {
   CUtensorMap q, k, v, o;  // k and v in boxes of box_tokens tokens, o of 16
   HopperOrder order;       // of packed queries before their tiles are counted: at most so many
   HybridCosts costs;
+  ScoreUnits units;
   int box_tokens;
   int* next_tile;  // tiles beyond the first of each block that have been taken; null: in fixed turn
 };
 
 // Values at or past a row's length may hold anything, and 0 times it must be 0. Bulk copies clear
-// what lies past the end of the array, not what lies past the end of the row.
+// what lies past the end of the array, not what lies past the end of a row or in the rest of a
+// page.
 template <class Traits>
-__device__ bool must_clear(const WorkTile& tile) {
-  return tile.end * Traits::kBlockN > tile.mask.len_kv;
+__device__ bool must_clear(const AttentionParams& p, const WorkTile& tile) {
+  const bool ends_array = !p.kv.page_table && tile.start + tile.mask.len_kv == p.v.tokens;
+  return tile.end * Traits::kBlockN > tile.mask.len_kv && !ends_array;
 }
 
 }  // namespace jax_fa

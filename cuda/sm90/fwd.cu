@@ -13,7 +13,8 @@
 // the tensor cores have come to nearly the last of them, and so has little to overlap with its own
 // (H200, head_dim 128: exponentials ahead of the wait for p V lose 7 % at 8k). The first product of
 // a tile of queries waits for its turn too; the last one does not, and the next tile's copies run
-// under it and under the epilogue.
+// under it and under the epilogue. A warpgroup passes on keys that are past all that its queries
+// see, and its turn with them.
 //
 // Barriers come in pairs: `full` (the producer, to all consumers: it has landed) and `empty` (the
 // warps of all consumers, to the producer: it may be overwritten), for each buffer of tiles of
@@ -51,7 +52,6 @@ struct Consumer {
   static constexpr int kBlockN = Traits::kBlockN;
   static constexpr int kHeadDim = Traits::kHeadDim;
   using Storage = HopperStorage<Traits>;
-  using Score = typename Traits::Score;
 
   const HopperParams& hopper;
   const AttentionParams& params = hopper.attention;
@@ -105,7 +105,7 @@ struct Consumer {
 
   __device__ void start_pv() {
     const uint64_t v =
-        transposed_descriptor<Traits::kPanel>(shared.v[v_ring.at()], kBlockN * Traits::kPanel * 2);
+        panel_descriptor<Traits::kPanel>(shared.v[v_ring.at()], kBlockN * Traits::kPanel * 2);
     pin(o);
     pin(p);
     ptx::wgmma_fence();
@@ -118,9 +118,7 @@ struct Consumer {
 
   // --- from scores to probabilities ---
 
-  __device__ Score score() {
-    return Score(params, tile().q.b, tile().q.head, tile().q.len_q, tile().mask);
-  }
+  __device__ UnbiasedScore score() { return {hopper.units, tile().slope, tile().mask.diagonal}; }
 
   // Calls f(x, i, j) for each score of this lane.
   template <class F>
@@ -167,10 +165,13 @@ struct Consumer {
     }
   }
 
+  __device__ void apply_score() {
+    if constexpr (Traits::kGeneral) score().apply([&](auto f) { for_each_score(f); });
+  }
+
   // Scores of tile n to probabilities, and o to the row's maximum so far.
   template <bool kHidden, bool kFirst>
   __device__ void apply_softmax() {
-    score().apply([&](auto f) { for_each_score(f); });
     if constexpr (kHidden) apply_mask();
     float rescale[1][2];
     const bool moved = softmax.step(s, score().to_log2(), rescale);
@@ -193,8 +194,8 @@ struct Consumer {
     return tile().q.rows != 0;
   }
 
-  // The first product of a tile, and its probabilities.
-  __device__ void begin_tile() {
+  // Up to the first tile of keys, n, that one of the warpgroup's queries sees; there may be none.
+  __device__ void open_tile() {
     const WorkTile& tile = this->tile();
     const int row0 = tile.q.row0 + consumer * 64, row1 = min(row0 + 64, tile.q.len_q);
     all = tile.mask.seen_by_all(row0, max(row1, row0 + 1));
@@ -205,6 +206,29 @@ struct Consumer {
     for (float& x : o) x = 0.f;
 
     ptx::barrier_wait(shared.q_full[q_ring.at()], q_ring.parity());
+    if constexpr (Traits::kSkips) {
+      const int seen = row0 < row1 ? tile.mask.hi(row1 - 1) : 0;
+      while (n >= begin && n * kBlockN >= seen) skip_keys();
+      if (n < begin) {
+        if (Storage::kStagesOutput && stored) release_staging();
+        last_scores();
+      }
+    }
+  }
+
+  // Nobody sees the keys of tile n: they and the turn pass by.
+  __device__ void skip_keys() {
+    ptx::barrier_wait(shared.k_full[k_ring.at()], k_ring.parity());
+    turn.take();
+    turn.pass();
+    release_k();
+    ptx::barrier_wait(shared.v_full[v_ring.at()], v_ring.parity());
+    release_v();
+    --n;
+  }
+
+  // The first product of a tile, and its probabilities.
+  __device__ void begin_tile() {
     ptx::barrier_wait(shared.k_full[k_ring.at()], k_ring.parity());
     turn.take();
     start_qk();
@@ -214,6 +238,7 @@ struct Consumer {
     pin(scores());
     release_k();
     if (n == begin) last_scores();
+    apply_score();
     apply_softmax<true, true>();
   }
 
@@ -261,14 +286,16 @@ struct Consumer {
     pin(scores());
     release_k();
     if (--n == begin) last_scores();
+    if constexpr (Traits::kScoresUnderPv) apply_score();
     ptx::wgmma_wait<0>();
     pin(o);
     pin(p);
     release_v();
+    if constexpr (!Traits::kScoresUnderPv) apply_score();
     apply_softmax<kHidden, false>();
   }
 
-  // The last product of a tile, and its epilogue.
+  // The last product of a tile.
   __device__ void end_tile() {
     ptx::barrier_wait(shared.v_full[v_ring.at()], v_ring.parity());
     start_pv();
@@ -276,6 +303,10 @@ struct Consumer {
     pin(o);
     pin(p);
     release_v();
+  }
+
+  // The epilogue, of queries that see no key as well.
+  __device__ void close_tile() {
     store();
     release(shared.tile_empty[tile_ring.at()]);
     tile_ring.advance();
@@ -285,16 +316,20 @@ struct Consumer {
 
   __device__ void run() {
     while (wait_tile()) {
-      begin_tile();
-      while (n > begin) {
-        if constexpr (Traits::kMasked) {
-          while (n > begin && !all_visible(n - 1)) step<true>();
-          while (n > begin && all_visible(n - 1)) step<false>();
-        } else {
-          step<false>();
+      open_tile();
+      if (!Traits::kSkips || n >= begin) {
+        begin_tile();
+        while (n > begin) {
+          if constexpr (Traits::kMasked) {
+            while (n > begin && !all_visible(n - 1)) step<true>();
+            while (n > begin && all_visible(n - 1)) step<false>();
+          } else {
+            step<false>();
+          }
         }
+        end_tile();
       }
-      end_tile();
+      close_tile();
     }
     turn.end();
     if (lane == 0) ptx::bulk_wait_read();  // before the block's shared memory goes
@@ -349,7 +384,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       case 1:
         return Loader<Traits>{params, shared}.run();
       case 2:
-        return clear_values<Traits>(shared);
+        return clear_values<Traits>(params.attention, shared);
     }
   } else {
     ptx::raise_registers<Traits::kConsumerRegisters>();
@@ -370,7 +405,7 @@ inline HybridCosts hybrid_costs(const AttentionParams& p, int sms) {
 template <class Traits>
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kPanel = Traits::kPanel;
-  const HopperOrder order = fwd_sm90_order(p, Traits::kTile, Traits::kMasked);
+  const HopperOrder order = fwd_sm90_order(p, Traits::kTile);
   if (order.total == 0) return cudaSuccess;
   int device, sms;
   cudaError_t error = cudaGetDevice(&device);
@@ -379,8 +414,7 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
 
   const bool paged = p.kv.page_table != nullptr;
-  HopperParams params{};
-  params.attention = p;
+  HopperParams params{.attention = p, .units = ScoreUnits(p)};
   params.order = order;
   params.box_tokens = paged ? std::min(p.kv.page_size, Traits::kBlockN) : Traits::kBlockN;
   error = make_tensor_map(params.q, p.dtype, p.q, p.head_dim, p.heads_q, p.q_head_stride, p.total_q,
@@ -400,8 +434,8 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
 
   const int64_t blocks = std::min<int64_t>(sms, order.total);
-  const bool worth_taking = p.q_start || order.tiles >= kTilesWorthTaking;
-  if (Traits::kMasked && worth_taking && order.total > blocks) params.next_tile = p.next_tile;
+  const bool taken = p.q_start || worth_taking(order, blocks);
+  if (Traits::kMasked && taken && order.total > blocks) params.next_tile = p.next_tile;
   if (params.next_tile || p.min_len_q > 0) {
     error = cudaMemsetAsync(p.next_tile, 0, 2 * sizeof(int), stream);
     if (error != cudaSuccess) return error;

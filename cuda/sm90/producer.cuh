@@ -102,7 +102,11 @@ struct Scheduler {
     if (begin < end) {
       const KvRow k(p.kv, b, p.k.rows), v(p.kv, b, p.v.rows);
       const int head_kv = q.head / (p.heads_q / p.heads_kv);
-      publish({q, mask, begin, end, head_kv, int(k.row), int(v.row), k.start});
+      float slope = 0.f;
+      if (Traits::kGeneral && p.alibi_slopes) {
+        slope = p.alibi_slopes[int64_t(b) * p.heads_q + q.head] / params.units.unit;
+      }
+      publish({q, mask, begin, end, head_kv, int(k.row), int(v.row), k.start, slope});
     } else {
       write_unseeing(q);
     }
@@ -200,7 +204,7 @@ struct Loader {
       load_keys(shared.k[at], params.k, shared.k_full[at], tile.head_kv, tile.k_row, box);
       if (n == tile.end - 1) load_q(tile.q);
       ptx::barrier_wait(shared.v_empty[at], parity);
-      const bool clear = n == tile.end - 1 && must_clear<Traits>(tile);
+      const bool clear = n == tile.end - 1 && must_clear<Traits>(p, tile);
       load_keys(shared.v[at], params.v, clear ? shared.v_uncleared[at] : shared.v_full[at],
                 tile.head_kv, tile.v_row, box);
       kv_ring.advance();
@@ -227,7 +231,7 @@ struct Loader {
 
 // Warp 2 of the producers: stands between copies and consumers where values have to be cleared.
 template <class Traits>
-__device__ void clear_values(HopperStorage<Traits>& shared) {
+__device__ void clear_values(const AttentionParams& p, HopperStorage<Traits>& shared) {
   constexpr int kChunks = Traits::kPanel / 8;  // of 16 bytes, in a panel's row
   const int lane = threadIdx.x % 32;
   Ring<HopperStorage<Traits>::kTiles> ring;
@@ -236,7 +240,7 @@ __device__ void clear_values(HopperStorage<Traits>& shared) {
     ptx::barrier_wait(shared.tile_full[ring.at()], ring.parity());
     const WorkTile& tile = shared.tile(ring.at());
     if (tile.q.rows == 0) return;
-    const bool clear = must_clear<Traits>(tile);
+    const bool clear = must_clear<Traits>(p, tile);
     const int rows = tile.end * Traits::kBlockN - tile.mask.len_kv, tiles = tile.end - tile.begin;
     __syncwarp();  // all lanes have read the tile
     if (lane == 0) ptx::barrier_arrive(shared.tile_empty[ring.at()]);

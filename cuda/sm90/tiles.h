@@ -89,9 +89,14 @@ __host__ __device__ constexpr int prefill_share(int sms, int tiles, float prefil
   return best;
 }
 
+// Whether queries of a row see unequal numbers of keys.
+inline bool fwd_sm90_windowed(const AttentionParams& p) {
+  return p.window_left >= 0 || p.window_right >= 0;
+}
+
 inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile) {
   if (fwd_sm80_general(p)) return FwdClass::kGeneral;
-  if (p.window_left >= 0 || p.window_right >= 0) return FwdClass::kMasked;
+  if (fwd_sm90_windowed(p)) return FwdClass::kMasked;
   // Wide tiles of keys are the better ones where rows come near to filling them.
   const auto padded = [&](FwdClass kind) {
     const int n = fwd_sm90_tile(head_dim_tile, kind).n;
@@ -113,11 +118,18 @@ inline bool fwd_sm90_covers(const AttentionParams& p, int head_dim_tile) {
 // With fewer tiles of a row, their differences even out among the many that each block runs.
 constexpr int kTilesWorthTaking = 8;
 
-inline HopperOrder fwd_sm90_order(const AttentionParams& p, const HopperTile& tile, bool masked) {
+// They do not where a turn of all blocks spans several lengths of a section's tiles: then a block
+// can meet the same ones again and again.
+inline bool worth_taking(const HopperOrder& order, int64_t blocks) {
+  if (!order.longest_first) return false;
+  return order.tiles >= kTilesWorthTaking || (order.tiles > 1 && order.section * 8 < blocks * 7);
+}
+
+inline HopperOrder fwd_sm90_order(const AttentionParams& p, const HopperTile& tile) {
   const int tiles = fwd_tiles(p, tile.m);
   const int64_t pairs = fwd_pairs(p);
   const int64_t section = std::clamp<int64_t>(fwd_section_heads(p), 1, std::max<int64_t>(pairs, 1));
-  return {tiles, int(pairs), int(section), int(tiles * pairs), masked};
+  return {tiles, int(pairs), int(section), int(tiles * pairs), fwd_sm90_windowed(p)};
 }
 
 }  // namespace jax_fa

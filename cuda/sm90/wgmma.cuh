@@ -11,7 +11,8 @@
 
 namespace jax_fa {
 
-// Operand `a` or `b` whose rows are contiguous along the summed axis (Q, K).
+// Operand `a` or `b` whose rows are contiguous along the summed axis (Q, K), or, with `next_panel`
+// bytes from panel to panel, operand `b` whose rows run along it (V).
 template <int kPanel>
 __device__ __forceinline__ uint64_t panel_descriptor(const void* panel, uint32_t next_panel = 16) {
   constexpr uint64_t kSwizzle = kPanel == 64 ? 1 : 2;  // of 128 or 64 bytes
@@ -20,12 +21,6 @@ __device__ __forceinline__ uint64_t panel_descriptor(const void* panel, uint32_t
   const uint64_t address = ptx::shared_address(panel) >> 4;
   return address | uint64_t(next_panel >> 4) << 16 | uint64_t(kEightRows >> 4) << 32 |
          kSwizzle << 62;
-}
-
-// Operand `b` whose rows run along the summed axis (V): `next_panel` bytes from panel to panel.
-template <int kPanel>
-__device__ __forceinline__ uint64_t transposed_descriptor(const void* panel, uint32_t next_panel) {
-  return panel_descriptor<kPanel>(panel, next_panel);
 }
 
 // Registers of a product are written behind the compiler's back until they are waited for. A pin
@@ -94,13 +89,8 @@ JAX_FA_WGMMA(112, JAX_FA_R40 ", " JAX_FA_TEN(4) ", %50, %51, %52, %53, %54, %55"
              (JAX_FA_D32(0), JAX_FA_D8(32), JAX_FA_D8(40), JAX_FA_D8(48)), 56, 57, 58, 59, 60)
 JAX_FA_WGMMA(128, JAX_FA_R40 ", " JAX_FA_TEN(4) ", " JAX_FA_TEN(5) ", %60, %61, %62, %63",
              (JAX_FA_D32(0), JAX_FA_D32(32)), 64, 65, 66, 67, 68)
-JAX_FA_WGMMA(144, JAX_FA_R40 ", " JAX_FA_TEN(4) ", " JAX_FA_TEN(5) ", " JAX_FA_TEN(6) ", %70, %71",
-             (JAX_FA_D32(0), JAX_FA_D32(32), JAX_FA_D8(64)), 72, 73, 74, 75, 76)
 JAX_FA_WGMMA(160, JAX_FA_R80, (JAX_FA_D32(0), JAX_FA_D32(32), JAX_FA_D8(64), JAX_FA_D8(72)), 80, 81,
              82, 83, 84)
-JAX_FA_WGMMA(176, JAX_FA_R80 ", %80, %81, %82, %83, %84, %85, %86, %87",
-             (JAX_FA_D32(0), JAX_FA_D32(32), JAX_FA_D8(64), JAX_FA_D8(72), JAX_FA_D8(80)), 88, 89,
-             90, 91, 92)
 JAX_FA_WGMMA(192, JAX_FA_R80 ", " JAX_FA_TEN(8) ", %90, %91, %92, %93, %94, %95",
              (JAX_FA_D32(0), JAX_FA_D32(32), JAX_FA_D32(64)), 96, 97, 98, 99, 100)
 JAX_FA_WGMMA(256, JAX_FA_R120 ", %120, %121, %122, %123, %124, %125, %126, %127",

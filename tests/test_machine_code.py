@@ -1,0 +1,82 @@
+"""What ptxas made of the Hopper kernels, read from the extension: no GPU is needed."""
+
+import collections
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from jax_fa import _jax_fa
+
+
+def _cuobjdump():
+    """A CUDA toolkit's, or that of nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
+    package = importlib.util.find_spec("nvidia")
+    folders = [f"{path}/cu13/bin" for path in package.submodule_search_locations] if package else []
+    return next(filter(None, (shutil.which("cuobjdump", path=p) for p in [None, *folders])), None)
+
+
+def _dump(*options):
+    command = [_cuobjdump(), *options, _jax_fa.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _resources():
+    """Of each Hopper kernel, by its mangled name."""
+    if not _cuobjdump():
+        pytest.skip("cuobjdump is not installed")
+    found = re.findall(r"Function (\S*8fwd_sm90I\S*):\s*(.*)", _dump("-res-usage"))
+    if not found:
+        pytest.skip("the extension was built without Hopper kernels")
+    return {name: dict(re.findall(r"(\w+):(\d+)", usage)) for name, usage in found}
+
+
+def _kernel(dim, dtype, kind):
+    number = {"float16": 0, "bfloat16": 1}[dtype], ("full", "masked", "general").index(kind)
+    part = "ILi{}ELNS_5DTypeE{}ELNS_8FwdClassE{}E".format(dim, *number)
+    return next(name for name in _resources() if part in name)
+
+
+def _instructions(kernel):
+    pattern = r"/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
+    found = re.findall(pattern, _dump("-sass", "-fun", kernel))
+    return [(int(address, 16), name, operands) for address, name, operands in found]
+
+
+def _loops(instructions):
+    """From the target of each jump back to the jump, the shortest first."""
+    places = {address: i for i, (address, _, _) in enumerate(instructions)}
+    jumps = [
+        (places.get(int(target[1], 16), i + 1), i)
+        for i, (_, name, operands) in enumerate(instructions)
+        if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands))
+    ]
+    return sorted((instructions[a : b + 1] for a, b in jumps if a <= b), key=len)
+
+
+@pytest.mark.parametrize("kind", ["full", "masked", "general"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dim", _jax_fa.head_dims)
+def test_hopper_kernels_multiply_and_copy_as_written(dim, dtype, kind):
+    kernel = _kernel(dim, dtype, kind)
+    usage = _resources()[kernel]
+    assert usage["STACK"] == usage["LOCAL"] == "0"
+
+    instructions = _instructions(kernel)
+    count = collections.Counter(name.split(".")[0] for _, name, _ in instructions)
+    assert count["LDL"] == count["STL"] == 0
+    assert count["USETMAXREG"] == 2  # producers give registers back, consumers take them
+
+    def loop_with(name):
+        return next(loop for loop in _loops(instructions) if any(name in i[1] for i in loop))
+
+    products = [operands for _, name, operands in loop_with("HGMMA") if name.startswith("HGMMA")]
+    assert any("tnspB" in p for p in products)  # p v
+    assert any("tnspB" not in p for p in products)  # q k
+    # a group of products each, waited for once: else they would run one by one
+    assert sum("gsb0" in p for p in products) == 2
+    assert any("UTMALDG" in name for _, name, _ in loop_with("UTMALDG"))
