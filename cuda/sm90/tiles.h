@@ -20,11 +20,11 @@ struct HopperTile {
 // thread's 232 (two warpgroups of consumers) or 160 (three). Shared memory holds two buffers each
 // of keys and values, and two of queries where that leaves keys their width.
 //
-// H200, bf16, B * T = 16384, N * H = 2048, TFLOP/s at T = 512, 2k, 16k. head_dim 64: n = 128 has
-// 373, 506, 576; two warpgroups, 3 stages 357, 436, 466; n = 96, 3 stages 294, 434, 512. head_dim
-// 128: n = 160 has 457, 702, 756; n = 128 524, 683, 738 and, with one buffer of queries, 499, 660,
-// 701; n = 176, which leaves room for one, 489, 659, 737; three warpgroups of n = 80 373, 598, 678.
-// head_dim 256: n = 80 has 504, 713, 782; n = 64 500, 658, 721.
+// H200, bf16, B * T = 16384, N * H = 2048, TFLOP/s at T = 512, 2k, 16k and how other tiles do
+// against them. head_dim 64: 363, 481, 559; two warpgroups 0.98, 0.88, 0.82; n = 96 0.91,
+// 0.99, 1.01. head_dim 128: 544 (rows do not fill n = 160), 708, 775; n = 128 1.00, 0.98, 0.96; n =
+// 160 with one buffer of queries 0.95, 0.94, 0.93; causal 338, 594, 734; n = 160 0.85, 0.94, 0.99.
+// head_dim 256: 532, 756, 836; n = 64 0.96, 0.86, 0.75.
 constexpr HopperTile fwd_sm90_tile(int head_dim_tile, FwdClass kind) {
   const bool full = kind == FwdClass::kFull, general = kind == FwdClass::kGeneral;
   if (head_dim_tile <= 64) return {192, 128, 2, 2};
@@ -125,10 +125,15 @@ inline bool worth_taking(const HopperOrder& order, int64_t blocks) {
   return order.tiles >= kTilesWorthTaking || (order.tiles > 1 && order.section * 8 < blocks * 7);
 }
 
+// Most pairs of a section at head_dim 64. H200, causal: against sections that fill L2 this gains 9
+// % at T = 512 and 5 % at 1k; at head_dim 128 half as many lose 5 % at 512, at 256 4 % at 1k.
+constexpr int kSectionPairs = 64;
+
 inline HopperOrder fwd_sm90_order(const AttentionParams& p, const HopperTile& tile) {
   const int tiles = fwd_tiles(p, tile.m);
   const int64_t pairs = fwd_pairs(p);
-  const int64_t section = std::clamp<int64_t>(fwd_section_heads(p), 1, std::max<int64_t>(pairs, 1));
+  int64_t section = std::clamp<int64_t>(fwd_section_heads(p), 1, std::max<int64_t>(pairs, 1));
+  if (p.head_dim <= 64) section = std::min<int64_t>(section, kSectionPairs);
   return {tiles, int(pairs), int(section), int(tiles * pairs), fwd_sm90_windowed(p)};
 }
 
