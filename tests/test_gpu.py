@@ -95,6 +95,13 @@ def test_features_of_other_dtypes(dtype, head_dim, names, rng):
     check_dense(shape, dtype, cases.options_of(names, rng, shape), rng)
 
 
+@pytest.mark.parametrize("softcap", [0.3, 5.0, 20.0, 50.0])
+@pytest.mark.parametrize("dtype, head_dim", [("float16", 64), ("bfloat16", 128), ("float16", 256)])
+def test_softcaps_far_above_and_below_scores(dtype, head_dim, softcap, rng):
+    options = {"causal": True, "softcap": softcap, "scale": 3 * head_dim**-0.5}
+    check_dense(cases.Shape(1, 200, 333, 4, 2, head_dim), dtype, options, rng)
+
+
 SIZES = [(1, 1), (1, 3), (3, 1), (63, 65), (65, 63), (1, 1023), (239, 113), (129, 1023), (799, 799)]
 
 
