@@ -60,8 +60,8 @@ int current_capability() {
   return known ? 10 * major + minor : 0;
 }
 
-bool runs_hopper_kernel(const AttentionParams& p, int tile_dim, int capability) {
-  return runs_hopper(capability) && fwd_sm90_covers(p, tile_dim);
+bool runs_hopper_kernel(const AttentionParams& p, int capability) {
+  return runs_hopper(capability) && fwd_sm90_covers(p);
 }
 
 // Whether dq is summed where dk and dv are made, in a block's `shared_bytes`.
@@ -97,7 +97,7 @@ cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStrea
   decode.max_len_q = decode_max_len_q(p.heads_q / p.heads_kv);
   prefill.min_len_q = decode.max_len_q + 1;
   const int tile_dim = tile_dim_of(p.head_dim);
-  const bool hopper = runs_hopper_kernel(prefill, tile_dim, current_capability());
+  const bool hopper = runs_hopper_kernel(prefill, current_capability());
   (hopper ? decode : prefill).beside_previous = true;
   scratch.leaves_room = !hopper;
   scratch.next_task = hopper ? p.next_tile + 1 : nullptr;
@@ -145,7 +145,7 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
         kTiles);
   }
 #if JAX_FA_SM90
-  if (runs_hopper_kernel(p, tile_dim, current_capability())) {
+  if (runs_hopper_kernel(p, current_capability())) {
     return with_tile(
         tile_dim,
         [&]<int kDim>() {
@@ -262,7 +262,8 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.head_dim = p.head_dim_v = head_dim;
   p.kv.len_kv = max_len_kv;
   p.dtype = dtype;
-  p.k.dtype = p.v.dtype = kv_bytes == 1 ? DType::kInt8 : dtype;
+  p.k.dtype = kv_bytes <= 1 ? DType::kInt8 : dtype;
+  p.v.dtype = kv_bytes == 1 ? DType::kInt8 : dtype;
   p.scale = options.general ? 0 : 1;
   p.bias = options.bias ? &kPacked : nullptr;
   p.window_left = -1;
@@ -270,10 +271,10 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.kv.page_table = options.page_size > 0 ? &kPacked : nullptr;
   p.kv.page_size = options.page_size;
   const bool hybrid = op == Operation::kHybrid && dtype != DType::kF32;
-  if (runs_hopper_kernel(p, tile_dim, options.capability)) {
+  if (runs_hopper_kernel(p, options.capability)) {
     const FwdClass kind = fwd_sm90_class(p, tile_dim);
     const HopperTile tile = fwd_sm90_tile(tile_dim, kind);
-    const int warps = (tile.m / 64 + 1) * 4;
+    const int warps = (tile.m / 64 + tile.dequantizers + 1) * 4;
     const int64_t tiles = fwd_sm90_order(p, tile).total;
     return {hybrid ? "decode, sm90/fwd" : "sm90/fwd",
             tile.m,

@@ -29,8 +29,8 @@ struct PlanOptions {
 };
 
 // The plan of an operation ("prefill", "decode", "hybrid") on static shapes; total_q counts packed
-// queries and is 0 for dense ones; kv_bytes are those of an element, for decode 0 where only its
-// general kernels read the cache.
+// queries and is 0 for dense ones; kv_bytes are those of an element, 0 where only general kernels
+// read the cache: those of decode, or the portable ones.
 Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
              int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes,
              const PlanOptions& options);

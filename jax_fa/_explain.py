@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from . import _jax_fa, _layout, _limits
-from ._lowering import BACKWARD, cache_length, decode_key_bytes
+from ._lowering import BACKWARD, cache_length, decode_key_bytes, prefill_key_bytes
 from ._primitives import OPERATIONS
 
 
@@ -189,7 +189,7 @@ def _plan_shape(name, x, static):
         "heads_kv": k[-2],
         "head_dim": q[-1],
         "element_bytes": x["q"].dtype.itemsize,
-        "kv_bytes": x["k"].dtype.itemsize,
+        "kv_bytes": prefill_key_bytes(x),
         "general": _is_general(x, static),
         "bias": "bias" in x and x["bias"].shape != (0,),
         "masked": static["window_left"] >= 0 or static["window_right"] >= 0,

@@ -143,6 +143,19 @@ def decode_key_bytes(operands):
     return k.dtype.itemsize if whole and plain else 0
 
 
+def prefill_key_bytes(operands):
+    """Bytes of an element of k and v; 0 for quantized ones that only the portable kernels read."""
+    k, v = operands["k"], operands["v"]
+    sizes = {k.dtype.itemsize, v.dtype.itemsize}
+    groups = (
+        k.shape[-1] // operands[name].shape[-1]
+        for name in ("k_scale", "v_scale")
+        if operands.get(name) is not None and operands[name].shape != (0,)
+    )
+    whole = all(group % 16 == 0 for group in groups)
+    return sizes.pop() if len(sizes) == 1 and (1 not in sizes or whole) else 0
+
+
 def _attributes(static):
     """Static parameters as FFI attributes: the width of each must match its handler's."""
 

@@ -134,6 +134,46 @@ def test_arch_forces_the_portable_tier(arch, kernel):
     assert out.stdout.split() == [kernel, "sm80/fwd"], out.stderr
 
 
+@pytest.mark.parametrize(
+    "dtypes, head_dim, group, page, kernel",
+    [
+        (("int8", "int8"), 128, None, None, "sm90/fwd"),
+        (("int8", "float8_e5m2"), 64, 32, None, "sm90/fwd"),
+        (("float8_e4m3fn", "float8_e4m3fn"), 80, None, 24, "decode, sm90/fwd"),
+        (("int8", "int8"), 128, 8, None, "sm80/fwd"),  # groups of 8
+        (("int8", "int8"), 72, None, None, "sm80/fwd"),  # rows of no whole 16 bytes
+        (("int8", "bfloat16"), 128, None, None, "sm80/fwd"),  # one of them quantized
+        (("int8", "int8"), 128, None, 4, "decode, sm80/fwd"),
+        (("bfloat16", "bfloat16"), 256, None, 64, "decode, sm90/fwd"),  # tiles of 80 keys
+        (("bfloat16", "bfloat16"), 256, None, 4, "decode, sm80/fwd"),
+    ],
+)
+def test_hopper_takes_prefill_over_quantized_keys(dtypes, head_dim, group, page, kernel):
+    q = jax.ShapeDtypeStruct((2, 256, 4, head_dim), jnp.bfloat16)
+    shape = (2, 512, 2, head_dim) if page is None else (32, page, 2, head_dim)
+
+    def keys(dtype):
+        x = jnp.zeros(shape, jnp.bfloat16)
+        if dtype == "bfloat16":
+            return x
+        return jax_fa.quantize(x, dtype, "group" if group else "head", group)
+
+    def prefill(q):
+        return jax_fa.flash_attention(q, *map(keys, dtypes), causal=True)
+
+    def hybrid(q):
+        table, lengths = jnp.zeros((2, 8), jnp.int32), jnp.array([3, 4])
+        starts = jnp.array([0, 200, 256])
+        return jax_fa.hybrid_attention(
+            q.reshape(-1, 4, head_dim)[:256], *map(keys, dtypes), starts, lengths, page_table=table
+        )
+
+    (call,) = jax_fa.explain(prefill if page is None else hybrid, q, device="h200")
+    assert call.kernel == kernel
+    if kernel.endswith("sm90/fwd") and "int8" in dtypes:
+        assert call.warps == 20 and call.blocks <= 132
+
+
 def test_an_unknown_arch_is_refused():
     out = _python("import jax_fa", "sm75")
     assert "ValueError: JAX_FA_ARCH must be sm80 or unset, got sm75" in out.stderr
@@ -249,7 +289,7 @@ def test_explain_of_a_gradient_without_a_kernel_names_xla():
         return jax_fa.flash_attention(q, x, x).astype(jnp.float32).sum()
 
     calls = jax_fa.explain(jax.grad(loss), q, values, scale, device="h200")
-    assert [call.kernel for call in calls] == ["sm80/fwd", "reference"]
+    assert [call.kernel for call in calls] == ["sm90/fwd", "reference"]
     assert "k is int8" in calls[1].reason and "XLA" in calls[1].reason
 
 

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../kv.cuh"
 #include "../mask.cuh"
 #include "../score.cuh"
 #include "../sm80/mma.cuh"
@@ -24,18 +25,29 @@ struct HopperTraits {
   static constexpr int kBlockN = kTile.n;
   static constexpr int kStages = kTile.stages;
   static constexpr int kConsumers = kBlockM / 64;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr bool kQuantized = fwd_sm90_quantized(kClass);
+  static constexpr int kDequantizers = kTile.dequantizers;
+  static constexpr int kOthers = 1 + kDequantizers;  // warpgroups before those of consumers
+  static constexpr int kThreads = 128 * (kConsumers + kOthers);
   static constexpr bool kMasked = kClass != FwdClass::kFull;
-  static constexpr bool kGeneral = kClass == FwdClass::kGeneral;
+  static constexpr bool kGeneral =
+      kClass == FwdClass::kGeneral || kClass == FwdClass::kQuantizedGeneral;
   // Whether a tile of keys can be past all that one warpgroup's queries see, and not another's.
   static constexpr bool kSkips = kBlockM > kBlockN;
 
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;  // elements: see wgmma.cuh
   static constexpr int kPanels = kHeadDim / kPanel;
 
+  // Products of p and v side by side: a launch of 512 threads has no register target for all 256.
+  static constexpr int kOutputParts = kQuantized && kHeadDim > 192 ? 2 : 1;
+
   // All that an SM has, 64 K: consumers hold s, p and o.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kDequantizerRegisters = kDequantizers == 2 ? 48 : 56;
+  static constexpr int kConsumerRegisters = kDequantizers == 2 ? 168
+                                            : kQuantized       ? 208
+                                            : kConsumers == 2  ? 232
+                                                               : 160;
   // Whether enough are left to change scores while p V still runs.
   static constexpr bool kScoresUnderPv = kConsumerRegisters - kBlockN * 3 / 4 - kHeadDim / 2 >= 72;
 };
@@ -50,6 +62,13 @@ struct WorkTile {
   float slope = 0.f;  // of ALiBi, in the unit of scores
 };
 
+// Where a key of the tile's row lies, its row or first page being `row`.
+__device__ inline KvSlot kv_slot(const KvIndex& kv, const WorkTile& tile, int row, int key) {
+  if (!kv.page_table) return {row, int64_t(tile.start) + key};
+  const int* const pages = kv.page_table + int64_t(tile.q.b) * kv.max_pages;
+  return {int64_t(row) + pages[key / kv.page_size], key % kv.page_size};
+}
+
 template <class Traits>
 struct HopperStorage {
   using Element = typename Traits::Element;
@@ -62,6 +81,10 @@ struct HopperStorage {
 
   alignas(1024) Tile<Traits::kBlockM> q[Traits::kTile.q_buffers];
   alignas(1024) Tile<Traits::kBlockN> k[Traits::kStages], v[Traits::kStages];
+  // Of quantized keys and values, which take turns, with the scales of their rows.
+  static constexpr int kByteStages = Traits::kTile.byte_stages;
+  alignas(128) uint8_t bytes[kByteStages][Traits::kBlockN][Traits::kHeadDim];
+  uint32_t scale[kByteStages][Traits::kBlockN];  // as Widen prepares them
   alignas(16) char tiles[kTiles][sizeof(WorkTile)];
   // Of warp 0 of the producers: tiles of a pair, blocks that take tiles, whether in a fixed turn.
   int pair_tiles, blocks;
@@ -71,25 +94,34 @@ struct HopperStorage {
   ptx::Barrier k_full[Traits::kStages], k_empty[Traits::kStages];
   ptx::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
   ptx::Barrier v_uncleared[Traits::kStages];  // warp 1 to warp 2: landed, with values to clear
+  ptx::Barrier bytes_full[kByteStages], bytes_empty[kByteStages];
 
   __device__ WorkTile& tile(int i) { return reinterpret_cast<WorkTile&>(tiles[i]); }
 
   __device__ void init_barriers() {
     constexpr int kConsumerWarps = Traits::kConsumers * 4;
+    constexpr int kDequantizerWarps = Traits::kQuantized ? 4 : 0;
+    constexpr int kFillers = Traits::kQuantized ? kDequantizerWarps : 1;  // of a tile of keys
     for (int i = 0; i < kTiles; ++i) {
       ptx::barrier_init(tile_full[i], 1);
-      ptx::barrier_init(tile_empty[i], kConsumerWarps + 2);  // and warps 1 and 2
+      // and warps 1 and 2 of the producers, also 3 where it stages scales
+      ptx::barrier_init(tile_empty[i],
+                        kConsumerWarps + 2 + Traits::kQuantized + 4 * Traits::kDequantizers);
     }
     for (int i = 0; i < Traits::kTile.q_buffers; ++i) {
       ptx::barrier_init(q_full[i], 1);
       ptx::barrier_init(q_empty[i], kConsumerWarps);
     }
     for (int i = 0; i < Traits::kStages; ++i) {
-      ptx::barrier_init(k_full[i], 1);
-      ptx::barrier_init(v_full[i], 1);
+      ptx::barrier_init(k_full[i], kFillers);
+      ptx::barrier_init(v_full[i], kFillers);
       ptx::barrier_init(v_uncleared[i], 1);
       ptx::barrier_init(k_empty[i], kConsumerWarps);
       ptx::barrier_init(v_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < kByteStages; ++i) {
+      ptx::barrier_init(bytes_full[i], 2);  // warp 1, and the one that stages their scales
+      ptx::barrier_init(bytes_empty[i], kDequantizerWarps);
     }
     ptx::fence_barrier_init();
   }

@@ -16,11 +16,15 @@
 // under it and under the epilogue. A warpgroup passes on keys that are past all that its queries
 // see, and its turn with them.
 //
+// Over keys and values of 8 bits, warpgroups between those dequantize (dequantize.cuh): copies
+// bring bytes, and what consumers wait for is what dequantizers have made of them.
+//
 // Barriers come in pairs: `full` (the producer, to all consumers: it has landed) and `empty` (the
 // warps of all consumers, to the producer: it may be overwritten), for each buffer of tiles of
 // keys, values, queries and for each place in the ring of descriptions of tiles.
 #include "../softmax.cuh"
 #include "block.cuh"
+#include "dequantize.cuh"
 #include "producer.cuh"
 #include "store.cuh"
 #include "tensor_map.h"
@@ -56,7 +60,8 @@ struct Consumer {
   const HopperParams& hopper;
   const AttentionParams& params = hopper.attention;
   Storage& shared;
-  int consumer = __shfl_sync(0xffffffff, threadIdx.x / 128 - 1, 0);  // known to be uniform
+  int consumer =  // known to be uniform
+      __shfl_sync(0xffffffff, threadIdx.x / 128 - Traits::kOthers, 0);
   int lane = threadIdx.x % 32;
   int row = threadIdx.x / 32 % 4 * 16 + lane / 4;  // of this lane's two, the first; then + 8
   Turn<Traits::kConsumers> turn;
@@ -89,7 +94,8 @@ struct Consumer {
   // --- the products; they only start here ---
 
   __device__ void start_qk() {
-    const uint64_t q = panel_descriptor<Traits::kPanel>(shared.q[q_ring.at()][0][consumer * 64]);
+    uint64_t q = panel_descriptor<Traits::kPanel>(shared.q[q_ring.at()][0][consumer * 64]);
+    if constexpr (Traits::kQuantized) pin(q);  // no registers for all that it leads to
     const uint64_t k = panel_descriptor<Traits::kPanel>(shared.k[k_ring.at()]);
     pin(scores());
     ptx::wgmma_fence();
@@ -104,14 +110,21 @@ struct Consumer {
   }
 
   __device__ void start_pv() {
-    const uint64_t v =
-        panel_descriptor<Traits::kPanel>(shared.v[v_ring.at()], kBlockN * Traits::kPanel * 2);
+    constexpr int kDims = kHeadDim / Traits::kOutputParts, kPanels = kDims / Traits::kPanel;
+    constexpr int kPanelBytes = kBlockN * Traits::kPanel * 2;
+    const uint64_t v = panel_descriptor<Traits::kPanel>(shared.v[v_ring.at()], kPanelBytes);
+    auto& parts = reinterpret_cast<float (&)[Traits::kOutputParts][kDims / 2]>(o);
     pin(o);
     pin(p);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kBlockN / 16; ++i) {
-      Wgmma<Traits::kDType, kHeadDim>::rs(o, &p[i * 4], v + i * Traits::kPanel * 2);
+#pragma unroll
+      for (int part = 0; part < Traits::kOutputParts; ++part) {
+        Wgmma<Traits::kDType, kDims>::rs(
+            parts[part], &p[i * 4],
+            v + (part * kPanels * kPanelBytes + i * Traits::kPanel * 32) / 16);
+      }
     }
     ptx::wgmma_commit();
   }
@@ -383,8 +396,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         return Scheduler<Traits>{params, shared}.run();
       case 1:
         return Loader<Traits>{params, shared}.run();
-      case 2:
-        return clear_values<Traits>(params.attention, shared);
+      default:
+        if constexpr (Traits::kQuantized) {
+          return ScaleLoader<Traits>{params, shared}.run();
+        } else if (threadIdx.x / 32 == 2) {
+          return clear_values<Traits>(params.attention, shared);
+        }
+    }
+  } else if (threadIdx.x < Traits::kOthers * 128) {
+    if constexpr (Traits::kQuantized) {
+      ptx::lower_registers<Traits::kDequantizerRegisters>();
+      Dequantizer<Traits>(params, shared).run();
     }
   } else {
     ptx::raise_registers<Traits::kConsumerRegisters>();
@@ -392,19 +414,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-// In seconds of all of an H200: 600 TFLOP/s, 5 us for one tile after the other of a multiprocessor,
-// and 4.3 TB/s.
+// In seconds of all of an H200: 600 TFLOP/s, 400 over keys of 8 bits, 5 us for one tile after the
+// other of a multiprocessor, and 4.3 TB/s.
 inline HybridCosts hybrid_costs(const AttentionParams& p, int sms) {
-  constexpr float kFlop = 1 / 600e12f, kTile = 5e-6f, kByte = 1 / 4.3e12f;
+  constexpr float kTile = 5e-6f, kByte = 1 / 4.3e12f;
+  const float flop = fwd_sm80_quantized(p) ? 1 / 400e12f : 1 / 600e12f;
   const int key_bytes =
       p.head_dim * element_size(p.k.dtype) + p.head_dim_v * element_size(p.v.dtype);
-  return {p.heads_q * 2 * (p.head_dim + p.head_dim_v) * kFlop, kTile / sms,
+  return {p.heads_q * 2 * (p.head_dim + p.head_dim_v) * flop, kTile / sms,
           p.heads_kv * key_bytes * kByte};
 }
 
 template <class Traits>
 cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
-  constexpr int kPanel = Traits::kPanel;
+  constexpr int kPanel = Traits::kPanel, kHeadDim = Traits::kHeadDim;
   const HopperOrder order = fwd_sm90_order(p, Traits::kTile);
   if (order.total == 0) return cudaSuccess;
   int device, sms;
@@ -413,17 +436,17 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
 
-  const bool paged = p.kv.page_table != nullptr;
   HopperParams params{.attention = p, .units = ScoreUnits(p)};
   params.order = order;
-  params.box_tokens = paged ? std::min(p.kv.page_size, Traits::kBlockN) : Traits::kBlockN;
+  params.box_tokens = fwd_sm90_box(p, Traits::kBlockN);
   error = make_tensor_map(params.q, p.dtype, p.q, p.head_dim, p.heads_q, p.q_head_stride, p.total_q,
                           p.q_token_stride, 1, 0, kPanel, Traits::kBlockM);
   if (error != cudaSuccess) return error;
   const auto keys = [&](CUtensorMap& map, const KvTensor& x, int dim) {
     const int64_t rows = p.kv.layer ? INT32_MAX : x.rows;  // those of other layers follow
-    return make_tensor_map(map, p.dtype, x.data, dim, p.heads_kv, x.head_stride, x.tokens,
-                           x.token_stride, rows, x.row_stride, kPanel, params.box_tokens);
+    const int box_dims = Traits::kQuantized ? kHeadDim : kPanel;
+    return make_tensor_map(map, x.dtype, x.data, dim, p.heads_kv, x.head_stride, x.tokens,
+                           x.token_stride, rows, x.row_stride, box_dims, params.box_tokens);
   };
   error = keys(params.k, p.k, p.head_dim);
   if (error != cudaSuccess) return error;
@@ -457,6 +480,10 @@ cudaError_t launch_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
       return launch<HopperTraits<kHeadDim, kDType, FwdClass::kFull>>(p, stream);
     case FwdClass::kMasked:
       return launch<HopperTraits<kHeadDim, kDType, FwdClass::kMasked>>(p, stream);
+    case FwdClass::kQuantized:
+      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kQuantized>>(p, stream);
+    case FwdClass::kQuantizedGeneral:
+      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kQuantizedGeneral>>(p, stream);
     default:
       return launch<HopperTraits<kHeadDim, kDType, FwdClass::kGeneral>>(p, stream);
   }

@@ -1,7 +1,6 @@
 // The producers of a block: which tile comes next, and the copies of what it reads.
 #pragma once
 
-#include "../kv.cuh"
 #include "block.cuh"
 
 namespace jax_fa {
@@ -149,6 +148,7 @@ struct Loader {
   int lane = threadIdx.x % 32;
   Ring<Traits::kTile.q_buffers> q_ring = {};
   Ring<Traits::kStages> kv_ring = {};
+  Ring<Traits::kQuantized ? Traits::kTile.byte_stages : 1> byte_ring = {};
 
   __device__ void run() {
     for (Ring<HopperStorage<Traits>::kTiles> ring;; ring.advance()) {
@@ -199,6 +199,13 @@ struct Loader {
     Box box = find_box(tile, tile.end - 1);
     for (int n = tile.end - 1; n >= tile.begin; --n) {
       const Box next = find_box(tile, max(n - 1, tile.begin));
+      if constexpr (Traits::kQuantized) {
+        load_bytes(params.k, tile.head_kv, tile.k_row, box);
+        if (n == tile.end - 1) load_q(tile.q);
+        load_bytes(params.v, tile.head_kv, tile.v_row, box);
+        box = next;
+        continue;
+      }
       const int at = kv_ring.at(), parity = kv_ring.parity() ^ 1;
       ptx::barrier_wait(shared.k_empty[at], parity);
       load_keys(shared.k[at], params.k, shared.k_full[at], tile.head_kv, tile.k_row, box);
@@ -212,20 +219,37 @@ struct Loader {
     }
   }
 
+  // Keys or values that dequantizers wait for.
+  __device__ void load_bytes(const CUtensorMap& map, int head_kv, int row, const Box& box) {
+    const int at = byte_ring.at();
+    ptx::barrier_wait(shared.bytes_empty[at], byte_ring.parity() ^ 1);
+    expect(shared.bytes_full[at], box, 1);
+    if (box.token >= 0) {
+      ptx::tensor_load(shared.bytes[at][box_start()], map, 0, head_kv, box.token, row + box.row,
+                       shared.bytes_full[at]);
+    }
+    byte_ring.advance();
+  }
+
   template <class Tile>
   __device__ void load_keys(Tile& sTile, const CUtensorMap& map, ptx::Barrier& full, int head_kv,
                             int row, const Box& box) {
-    const int boxes = __popc(__ballot_sync(0xffffffff, box.token >= 0));
-    if (lane == 0) {
-      ptx::barrier_expect(full, boxes * params.box_tokens * Traits::kHeadDim * 2);
-    }
-    __syncwarp();  // announced before any of it lands
+    expect(full, box, 2);
     if (box.token < 0) return;
 #pragma unroll
     for (int i = 0; i < Traits::kPanels; ++i) {
       ptx::tensor_load(sTile[i][box_start()], map, i * Traits::kPanel, head_kv, box.token,
                        row + box.row, full);
     }
+  }
+
+  // All lanes' boxes are announced before any of them lands.
+  __device__ void expect(ptx::Barrier& full, const Box& box, int element_bytes) const {
+    const int boxes = __popc(__ballot_sync(0xffffffff, box.token >= 0));
+    if (lane == 0) {
+      ptx::barrier_expect(full, boxes * params.box_tokens * Traits::kHeadDim * element_bytes);
+    }
+    __syncwarp();
   }
 };
 

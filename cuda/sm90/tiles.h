@@ -2,18 +2,26 @@
 // the planner explains it.
 #pragma once
 
+#include <numeric>
+
 #include "../sm80/tiles.h"
 
 namespace jax_fa {
 
-// What an instance of the kernel can do: every key up to a row's length, any interval of keys, or
-// that and any score.
-enum class FwdClass { kFull, kMasked, kGeneral };
+// What an instance of the kernel can do: every key up to a row's length, any interval of keys, that
+// and any score, or the last two over keys and values of 8 bits.
+enum class FwdClass { kFull, kMasked, kGeneral, kQuantized, kQuantizedGeneral };
+
+constexpr bool fwd_sm90_quantized(FwdClass kind) {
+  return kind == FwdClass::kQuantized || kind == FwdClass::kQuantizedGeneral;
+}
 
 struct HopperTile {
-  int m, n;       // queries (64 for each warpgroup of consumers) and keys of a tile
-  int stages;     // buffers of keys, and of values
-  int q_buffers;  // of queries: with two, those of the next tile load while this one runs
+  int m, n;              // queries (64 for each warpgroup of consumers) and keys of a tile
+  int stages;            // buffers of keys, and of values
+  int q_buffers;         // of queries: with two, those of the next tile load while this one runs
+  int byte_stages = 0;   // of quantized keys and values as they are stored
+  int dequantizers = 0;  // warpgroups that widen them
 };
 
 // Registers are what limits them: s, p and o of a warpgroup take n / 2 + n / 4 + head_dim / 2 of a
@@ -25,7 +33,15 @@ struct HopperTile {
 // 0.99, 1.01. head_dim 128: 544 (rows do not fill n = 160), 708, 775; n = 128 1.00, 0.98, 0.96; n =
 // 160 with one buffer of queries 0.95, 0.94, 0.93; causal 338, 594, 734; n = 160 0.85, 0.94, 0.99.
 // head_dim 256: 532, 756, 836; n = 64 0.96, 0.86, 0.75.
+//
+// Of 8-bit keys the dequantizers' instructions are the limit: two warpgroups of them, where tiles
+// of keys that leave them the registers are not too narrow.
 constexpr HopperTile fwd_sm90_tile(int head_dim_tile, FwdClass kind) {
+  if (fwd_sm90_quantized(kind)) {
+    if (head_dim_tile <= 96) return {128, 128, 2, 2, 4, head_dim_tile <= 64 ? 2 : 1};
+    if (head_dim_tile <= 128) return {128, 96, 2, 2, 4, 2};
+    return {128, 64, 2, 1, head_dim_tile <= 192 ? 4 : 2, 1};
+  }
   const bool full = kind == FwdClass::kFull, general = kind == FwdClass::kGeneral;
   if (head_dim_tile <= 64) return {192, 128, 2, 2};
   if (head_dim_tile <= 96) return {128, 128, 2, 2};
@@ -95,7 +111,9 @@ inline bool fwd_sm90_windowed(const AttentionParams& p) {
 }
 
 inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile) {
-  if (fwd_sm80_general(p)) return FwdClass::kGeneral;
+  const bool general = p.scale <= 0 || p.softcap != 0 || p.alibi_slopes;
+  if (fwd_sm80_quantized(p)) return general ? FwdClass::kQuantizedGeneral : FwdClass::kQuantized;
+  if (general) return FwdClass::kGeneral;
   if (fwd_sm90_windowed(p)) return FwdClass::kMasked;
   // Wide tiles of keys are the better ones where rows come near to filling them.
   const auto padded = [&](FwdClass kind) {
@@ -106,13 +124,24 @@ inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile) {
   return fills ? FwdClass::kFull : FwdClass::kMasked;
 }
 
-// Whether the kernel can run a call. Pages must divide its tiles of keys, or hold whole ones.
-inline bool fwd_sm90_covers(const AttentionParams& p, int head_dim_tile) {
-  if (p.dtype == DType::kF32 || fwd_sm80_quantized(p) || p.bias) return false;
-  if (!p.kv.page_table) return true;
-  const int n = fwd_sm90_tile(head_dim_tile, fwd_sm90_class(p, head_dim_tile)).n;
-  const int page = p.kv.page_size;
-  return page % 8 == 0 && (n % page == 0 || page % n == 0);
+// Whether bulk copies can bring keys or values of 8 bits, and 16 adjacent elements share a scale.
+inline bool fwd_sm90_widens(const KvTensor& x, int dim) {
+  return element_size(x.dtype) == 1 && dim % 16 == 0 && dim / std::max(x.groups, 1) % 16 == 0;
+}
+
+// Whether the kernel can run a call.
+inline bool fwd_sm90_covers(const AttentionParams& p) {
+  if (p.dtype == DType::kF32 || p.bias) return false;
+  if (fwd_sm80_quantized(p) &&
+      !(fwd_sm90_widens(p.k, p.head_dim) && fwd_sm90_widens(p.v, p.head_dim_v))) {
+    return false;
+  }
+  return !p.kv.page_table || p.kv.page_size % 8 == 0;
+}
+
+// Tokens of a box of keys, as one bulk copy brings it: of paged keys those within one page.
+inline int fwd_sm90_box(const AttentionParams& p, int tile_n) {
+  return p.kv.page_table ? std::gcd(p.kv.page_size, tile_n) : tile_n;
 }
 
 // With fewer tiles of a row, their differences even out among the many that each block runs.

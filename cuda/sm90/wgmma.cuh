@@ -28,6 +28,7 @@ __device__ __forceinline__ uint64_t panel_descriptor(const void* panel, uint32_t
 // without it ptxas serializes the products (C7519, C7520).
 __device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 __device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+__device__ __forceinline__ void pin(uint64_t& x) { asm volatile("" : "+l"(x)::"memory"); }
 
 template <class T, int kCount>
 __device__ __forceinline__ void pin(T (&x)[kCount]) {
