@@ -616,11 +616,14 @@ NB_MODULE(_jax_fa, m) {
   m.def(
       "plan_backward",
       [](int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv, int head_dim,
-         int element_bytes, bool general, bool deterministic, int shared_kb) {
+         int element_bytes, bool deterministic, int shared_kb, bool general, bool bias, bool masked,
+         int capability, int sms) {
         return to_dict(plan_of_backward(batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim,
-                                        element_bytes, general, deterministic, shared_kb));
+                                        element_bytes, deterministic, shared_kb,
+                                        {general, bias, masked, 0, capability, sms}));
       },
       nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"), nb::arg("len_kv"),
       nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("element_bytes"),
-      nb::arg("general"), nb::arg("deterministic"), nb::arg("shared_kb"));
+      nb::arg("deterministic"), nb::arg("shared_kb"), nb::arg("general"), nb::arg("bias"),
+      nb::arg("masked"), nb::arg("capability"), nb::arg("sms"));
 }

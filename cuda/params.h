@@ -155,6 +155,10 @@ cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t s
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream);
 
+// cuda/sm90/bwd.cu: dq, dk and dv on Hopper, for what bwd_sm90_covers (bwd_tiles.h), after `rows`.
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_sm90(const BackwardParams& params, cudaStream_t stream);
+
 // cuda/decode/decode.cu: few queries a row over a long cache, keys split over blocks.
 // launch_combine merges the parts of packed rows, which launch_decode leaves to it.
 template <int kHeadDim, DType kDType>

@@ -7,6 +7,7 @@
 #include "decode/splits.h"
 #include "sm80/bwd_tiles.h"
 #include "sm80/tiles.h"
+#include "sm90/bwd_tiles.h"
 #include "sm90/tiles.h"
 
 namespace jax_fa {
@@ -64,6 +65,10 @@ bool runs_hopper_kernel(const AttentionParams& p, int capability) {
   return runs_hopper(capability) && fwd_sm90_covers(p);
 }
 
+bool runs_hopper_backward(const BackwardParams& p, int tile_dim, int capability) {
+  return runs_hopper(capability) && bwd_sm90_covers(p, tile_dim);
+}
+
 // Whether dq is summed where dk and dv are made, in a block's `shared_bytes`.
 bool sums_dq(int tile_dim, DType dtype, bool general, int shared_bytes) {
   if (!bwd_can_sum_dq(dtype)) return false;
@@ -77,6 +82,16 @@ cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t st
     if (status != cudaSuccess) return;
     status = with_tile(tile_dim_of(p.fwd.head_dim), launch, kTiles);
   };
+#if JAX_FA_SM90
+  if (runs_hopper_backward(p, tile_dim_of(p.fwd.head_dim), current_capability())) {
+    then([&]<int kDim>() {
+      if constexpr (bwd_sm90_has_tile(kDim, kDType))
+        return launch_bwd_sm90<kDim, kDType>(p, stream);
+      return cudaErrorInvalidValue;
+    });
+    return status;
+  }
+#endif
   then([&]<int kDim>() {
     if constexpr (bwd_shares_scores(kDim) && bwd_can_sum_dq(kDType)) {
       if (p.dq_sum) return launch_bwd_shared_sm80<kDim, kDType>(p, stages, stream);
@@ -188,7 +203,8 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   const int tile_dim = tile_dim_of(p.fwd.head_dim);
   const bool general = bwd_general(p.fwd);
   const int stages = bwd_shared_stages(tile_dim, general, shared_bytes);
-  if (!sums_dq(tile_dim, p.fwd.dtype, general, shared_bytes)) p.dq_sum = nullptr;
+  const bool hopper = runs_hopper_backward(p, tile_dim, current_capability());
+  if (!hopper && !sums_dq(tile_dim, p.fwd.dtype, general, shared_bytes)) p.dq_sum = nullptr;
   switch (p.fwd.dtype) {
     case DType::kBF16:
       return run_backward_of<DType::kBF16>(p, stages, stream);
@@ -200,17 +216,11 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
 }
 
 Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv,
-                      int head_dim, int element_bytes, bool general, bool deterministic,
-                      int shared_kb) {
+                      int head_dim, int element_bytes, bool deterministic, int shared_kb,
+                      const PlanOptions& options) {
   using enum KeyGradients;
   const DType dtype = element_bytes == 4 ? DType::kF32 : DType::kBF16;
   const int tile_dim = tile_dim_of(head_dim);
-  const bool with_dq = !deterministic && sums_dq(tile_dim, dtype, general, shared_kb << 10);
-  const bool shares = with_dq && bwd_shares_scores(tile_dim);
-  const KeyGradients grads = with_dq ? kBothAndDq : bwd_splits_keys(tile_dim) ? kDk : kBoth;
-  const int stages = bwd_shared_stages(tile_dim, general, shared_kb << 10);
-  const BwdTile tile = shares ? bwd_shared_tile(tile_dim, general, stages)
-                              : bwd_keys_tile(tile_dim, dtype, general, grads);
   BackwardParams p{};
   static const int kPacked = 0;  // packed queries are told from dense ones by a pointer
   p.fwd.q_start = total_q > 0 ? &kPacked : nullptr;
@@ -218,7 +228,23 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
   p.fwd.len_q = len_q;
   p.fwd.heads_q = heads_q;
   p.fwd.heads_kv = heads_kv;
+  p.fwd.head_dim = head_dim;
   p.fwd.kv.len_kv = p.total_k = len_kv;
+  p.fwd.dtype = dtype;
+  p.fwd.bias = options.bias ? &kPacked : nullptr;
+  p.deterministic = deterministic;
+  if (runs_hopper_backward(p, tile_dim, options.capability)) {
+    const BwdHopperTile tile = bwd_sm90_tile(tile_dim, options.general);
+    const int64_t tiles = bwd_sm90_order(p, tile.m, options.masked).total;
+    return {"sm90/bwd", tile.n, tile.m, tile_dim, tile.warps, 1, std::min(options.sms, tiles)};
+  }
+  const bool general = options.general || options.bias;
+  const bool with_dq = !deterministic && sums_dq(tile_dim, dtype, general, shared_kb << 10);
+  const bool shares = with_dq && bwd_shares_scores(tile_dim);
+  const KeyGradients grads = with_dq ? kBothAndDq : bwd_splits_keys(tile_dim) ? kDk : kBoth;
+  const int stages = bwd_shared_stages(tile_dim, general, shared_kb << 10);
+  const BwdTile tile = shares ? bwd_shared_tile(tile_dim, general, stages)
+                              : bwd_keys_tile(tile_dim, dtype, general, grads);
   return {shares    ? "sm80/bwd_shared"
           : with_dq ? "sm80/bwd_keys"
                     : "sm80/bwd_keys + sm80/bwd_queries",

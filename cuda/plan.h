@@ -46,8 +46,8 @@ int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim
 // The plan of a backward call on a GPU whose blocks have that much shared memory: the kernel that
 // owns keys. Packed queries have len_kv keys in all.
 Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv,
-                      int head_dim, int element_bytes, bool general, bool deterministic,
-                      int shared_kb);
+                      int head_dim, int element_bytes, bool deterministic, int shared_kb,
+                      const PlanOptions& options);
 
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream);
 

@@ -54,13 +54,13 @@ struct ScaledScore {
 
 // cap * tanh(x / cap), through exp2: absolute error 2^-22 cap, where tanh.approx has 2^-11 cap.
 struct Softcap {
-  float cap;
+  float cap, inverse = 1.f / cap;
 
   __device__ float operator()(float x) const {
-    return cap - 2.f * cap * ptx::rcp(1.f + ptx::exp2(x * (2.f * kLog2e / cap)));
+    return cap - 2.f * cap * ptx::rcp(1.f + ptx::exp2(x * (2.f * kLog2e * inverse)));
   }
   __device__ float grad(float capped) const {
-    const float t = capped / cap;
+    const float t = capped * inverse;
     return 1.f - t * t;
   }
 };
@@ -100,29 +100,49 @@ struct GeneralScore {
 
   template <class ForEach>
   __device__ void shift(ForEach for_each) const {
+    add_slopes(for_each);
+    add_bias(for_each);
+  }
+
+  template <class ForEach>
+  __device__ void add_slopes(ForEach for_each) const {
     if (params.alibi_slopes) {
       const float slope = params.alibi_slopes[int64_t(b) * params.heads_q + head];
       const int diagonal = mask.diagonal;
       for_each([=](float& x, Place i, Place j) { x -= slope * fabsf(distance(i, j, diagonal)); });
     }
-    if (params.bias) {
-      if (params.bias_dtype == DType::kF16) add_bias<__half>(for_each);
-      if (params.bias_dtype == DType::kBF16) add_bias<__nv_bfloat16>(for_each);
-      if (params.bias_dtype == DType::kF32) add_bias<float>(for_each);
-    }
   }
+
   __device__ float to_log2() const { return kLog2e; }
 
  private:
+  template <class ForEach>
+  __device__ void add_bias(ForEach for_each) const {
+    if (!params.bias) return;
+    if (params.bias_dtype == DType::kF16) add_bias_of<__half>(for_each);
+    if (params.bias_dtype == DType::kBF16) add_bias_of<__nv_bfloat16>(for_each);
+    if (params.bias_dtype == DType::kF32) add_bias_of<float>(for_each);
+  }
+
   // Elements past the last query or key may lie outside the array; the mask hides them.
   template <class T, class ForEach>
-  __device__ void add_bias(ForEach for_each) const {
+  __device__ void add_bias_of(ForEach for_each) const {
     const T* gBias = static_cast<const T*>(params.bias) +
                      b % params.bias_rows * params.bias_row_stride + head * params.bias_head_stride;
     for_each([&](float& x, Place i, Place j) {
       if (i >= len_q || j >= mask.len_kv) return;
       x += float(gBias[i * params.bias_query_stride + j * params.bias_key_stride]);
     });
+  }
+};
+
+// The same where there is no bias.
+struct GeneralScoreWithoutBias : GeneralScore {
+  using GeneralScore::GeneralScore;
+
+  template <class ForEach>
+  __device__ void shift(ForEach for_each) const {
+    add_slopes(for_each);
   }
 };
 

@@ -152,7 +152,10 @@ def _explain(eqn, count, peak):
     if reason:
         plan["kernel"] = "none" if reason.startswith("no kernel") else "reference"
     elif name in BACKWARD:
-        plan = _jax_fa.plan_backward(**_backward_shape(name, x, static), shared_kb=peak.shared_kb)
+        shape = _backward_shape(name, x, static)
+        plan = _jax_fa.plan_backward(
+            **shape, shared_kb=peak.shared_kb, capability=peak.capability, sms=peak.sms
+        )
     elif name in _OPERATION:
         shape = _plan_shape(name, x, static)
         plan = _jax_fa.plan(_OPERATION[name], **shape, capability=peak.capability, sms=peak.sms)
@@ -191,8 +194,8 @@ def _plan_shape(name, x, static):
         "element_bytes": x["q"].dtype.itemsize,
         "kv_bytes": prefill_key_bytes(x),
         "general": _is_general(x, static),
-        "bias": "bias" in x and x["bias"].shape != (0,),
-        "masked": static["window_left"] >= 0 or static["window_right"] >= 0,
+        "bias": _has_bias(x),
+        "masked": _is_masked(static),
         "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
     }
     if name == "jax_fa_fwd":
@@ -218,8 +221,18 @@ def _backward_shape(name, x, static):
         "head_dim": q[-1],
         "element_bytes": x["q"].dtype.itemsize,
         "general": _is_general(x, static),
+        "bias": _has_bias(x),
+        "masked": _is_masked(static),
         "deterministic": static["deterministic"],
     }
+
+
+def _has_bias(x):
+    return "bias" in x and x["bias"].shape != (0,)
+
+
+def _is_masked(static):
+    return static["window_left"] >= 0 or static["window_right"] >= 0
 
 
 def _is_general(x, static):

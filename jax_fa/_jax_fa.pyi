@@ -81,7 +81,11 @@ def plan_backward(
     heads_kv: int,
     head_dim: int,
     element_bytes: int,
-    general: bool,
     deterministic: bool,
     shared_kb: int,
+    general: bool,
+    bias: bool,
+    masked: bool,
+    capability: int,
+    sms: int,
 ) -> dict[str, object]: ...

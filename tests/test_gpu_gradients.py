@@ -240,6 +240,21 @@ def test_groups(group, rng):
     check_dense(cases.Shape(1, 77, 199, 2 * group, 2, 128), "float16", {"causal": True}, rng)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (200, 30)}], ids=str)
+@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float16", 96), ("bfloat16", 128)])
+def test_more_tiles_of_keys_than_multiprocessors(dtype, head_dim, options, rng):
+    check_dense(cases.Shape(4, 300, 700, 12, 6, head_dim), dtype, options, rng)
+
+
+def test_lengths_that_leave_whole_tiles_of_keys_to_nobody(rng):
+    options = {
+        "q_lengths": jnp.array([300, 0, 129, 64], jnp.int32),
+        "kv_lengths": jnp.array([400, 77, 0, 128], jnp.int32),
+        "causal": True,
+    }
+    check_dense(cases.Shape(4, 300, 400, 4, 2, 128), "bfloat16", options, rng)
+
+
 @pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float32", 128)])
 @pytest.mark.parametrize(
     "axes",

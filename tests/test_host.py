@@ -122,16 +122,19 @@ def _python(code, arch):
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arch, kernel", [("", "sm90/fwd"), ("sm80", "sm80/fwd")])
-def test_arch_forces_the_portable_tier(arch, kernel):
+@pytest.mark.parametrize(
+    "arch, kernels", [("", ["sm90/fwd", "sm90/bwd"]), ("sm80", ["sm80/fwd", "sm80/bwd_keys"])]
+)
+def test_arch_forces_the_portable_tier(arch, kernels):
     code = (
         "import jax, jax.numpy as jnp, jax_fa\n"
         "q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)\n"
-        "call = lambda q: jax_fa.flash_attention(q, q, q)\n"
-        "print(*(jax_fa.explain(call, q, device=d)[0].kernel for d in ('h200', 'a100')))\n"
+        "grad = jax.grad(lambda q: jax_fa.flash_attention(q, q, q).astype(jnp.float32).sum())\n"
+        "for device in ('h200', 'a100'):\n"
+        "    print(*(call.kernel for call in jax_fa.explain(grad, q, device=device)))\n"
     )
     out = _python(code, arch)
-    assert out.stdout.split() == [kernel, "sm80/fwd"], out.stderr
+    assert out.stdout.split() == [*kernels, "sm80/fwd", "sm80/bwd_keys"], out.stderr
 
 
 @pytest.mark.parametrize(
@@ -277,6 +280,14 @@ def test_explain_of_a_gradient_names_its_kernels():
     assert kernels(jnp.bfloat16, "a100", 128) == ["sm80/fwd", "sm80/bwd_shared"]
     assert kernels(jnp.bfloat16, "l40s", 128) == ["sm80/fwd", both]  # too little shared memory
     assert kernels(jnp.bfloat16, "a100", deterministic=True) == ["sm80/fwd", both]
+    for head_dim in (64, 96, 128):
+        assert kernels(jnp.bfloat16, "h200", head_dim) == ["sm90/fwd", "sm90/bwd"]
+        assert kernels(jnp.float16, "h200", head_dim, softcap=5.0) == ["sm90/fwd", "sm90/bwd"]
+    assert kernels(jnp.float32, "h200") == ["sm80/fwd", both]
+    assert kernels(jnp.bfloat16, "h200", 256) == ["sm90/fwd", "sm80/bwd_shared"]
+    assert kernels(jnp.bfloat16, "h200", deterministic=True) == ["sm90/fwd", both]
+    bias = jnp.zeros((1, 1, 64, 64))
+    assert kernels(jnp.bfloat16, "h200", bias=bias) == ["sm80/fwd", "sm80/bwd_keys"]
 
 
 def test_explain_of_a_gradient_without_a_kernel_names_xla():

@@ -21,35 +21,52 @@ struct Chunk {
   alignas(16) Element x[kSize];
 };
 
+// A block for kGroups adjacent tokens of kHeads adjacent heads: what it reads of o and dout lies
+// together, and so do lse, dlse and rows. Lanes read of all these heads at once.
+constexpr int kHeads = 4, kGroups = kThreads / kLanes;
+
 template <DType kDType>
 __global__ void __launch_bounds__(kThreads)
     bwd_rows_sm80(const __grid_constant__ BackwardParams params) {
   using Elements = Chunk<kDType>;
   const AttentionParams& fwd = params.fwd;
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
-  const int64_t token = row / fwd.heads_q;
-  const int head = int(row - token * fwd.heads_q), lane = threadIdx.x % kLanes;
-  const bool inside = token < fwd.total_q;
+  const int head_blocks = (fwd.heads_q + kHeads - 1) / kHeads;
+  const int head0 = int(blockIdx.x % head_blocks) * kHeads, lane = threadIdx.x % kLanes;
+  const int token = int(blockIdx.x / head_blocks) * kGroups + threadIdx.x / kLanes;
+  const int64_t first = int64_t(min(token, fwd.total_q - 1)) * fwd.heads_q;
+  const auto read = [&](const void* x, int h, int c) {
+    const int64_t start = (first + min(head0 + h, fwd.heads_q - 1)) * fwd.head_dim_v;
+    return reinterpret_cast<const Elements*>(static_cast<const typename Elements::Element*>(x) +
+                                             start)[c];
+  };
 
-  float sum = 0.f;
-  if (inside) {
-    const int64_t start = row * fwd.head_dim_v;
-    const auto* gO = reinterpret_cast<const Elements*>(
-        static_cast<const typename Elements::Element*>(fwd.o) + start);
-    const auto* gDout = reinterpret_cast<const Elements*>(
-        static_cast<const typename Elements::Element*>(params.dout) + start);
-    for (int c = lane; c * Elements::kSize < fwd.head_dim_v; c += kLanes) {
-      const Elements o = gO[c], dout = gDout[c];
+  float sums[kHeads] = {};
+  for (int c = lane; c * Elements::kSize < fwd.head_dim_v; c += kLanes) {
+    Elements o[kHeads], dout[kHeads];
 #pragma unroll
-      for (int i = 0; i < Elements::kSize; ++i) sum += float(o.x[i]) * float(dout.x[i]);
+    for (int h = 0; h < kHeads; ++h) {
+      o[h] = read(fwd.o, h, c);
+      dout[h] = read(params.dout, h, c);
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+      for (int i = 0; i < Elements::kSize; ++i) sums[h] += float(o[h].x[i]) * float(dout[h].x[i]);
     }
   }
+  float sum = 0.f;  // lane h keeps that of head h
 #pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-  if (!inside || lane != 0) return;
+  for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      sums[h] += __shfl_xor_sync(0xffffffff, sums[h], step);
+    }
+    if (lane == h) sum = sums[h];
+  }
+  const int head = head0 + lane;
+  if (lane >= kHeads || head >= fwd.heads_q || token >= fwd.total_q) return;
 
-  const bool packed = fwd.q_start != nullptr;
-  const int64_t b = packed ? 0 : token / fwd.len_q;
+  const int b = fwd.q_start ? 0 : token / fwd.len_q;
   const int64_t place =
       b * fwd.lse_row_stride + head * fwd.lse_head_stride + (token - b * fwd.len_q);
   const float lse = fwd.lse[place];
@@ -88,9 +105,9 @@ __global__ void __launch_bounds__(kThreads)
 template <DType kDType>
 cudaError_t launch_bwd_rows_sm80(const BackwardParams& params, cudaStream_t stream) {
   const AttentionParams& fwd = params.fwd;
-  constexpr int kRows = kThreads / kLanes;
-  const int64_t rows = int64_t(fwd.total_q) * fwd.heads_q;
-  bwd_rows_sm80<kDType><<<unsigned((rows + kRows - 1) / kRows), kThreads, 0, stream>>>(params);
+  const int64_t token_blocks = (int64_t(fwd.total_q) + kGroups - 1) / kGroups;
+  const int64_t blocks = token_blocks * ((fwd.heads_q + kHeads - 1) / kHeads);
+  bwd_rows_sm80<kDType><<<unsigned(blocks), kThreads, 0, stream>>>(params);
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess || !params.dsinks) return error;
   bwd_sinks_sm80<<<fwd.batch * fwd.heads_q, kThreads, 0, stream>>>(params);

@@ -104,13 +104,15 @@ __host__ __device__ inline int64_t bwd_sum_slots(bool packed, int batch, int len
   return packed ? total_q / n + batch + 1 : int64_t(batch) * ((len_q + n - 1) / n);
 }
 
-// Floats of scratch for dq; the widest tile of queries needs the most.
+// Floats of scratch for dq; the widest tile of queries needs the most. One more counts the tiles of
+// keys that blocks have taken (cuda/sm90/bwd.cu).
 inline int64_t bwd_dq_sum_size(bool packed, int batch, int len_q, int total_q, int heads_q,
                                int head_dim_tile, DType dtype) {
   if (!bwd_can_sum_dq(dtype)) return 0;
   constexpr int kMostQueries = 64;
   return bwd_sum_slots(packed, batch, len_q, total_q, kMostQueries) * kMostQueries * heads_q *
-         head_dim_tile;
+             head_dim_tile +
+         1;
 }
 
 // One block for each tile of keys of each (batch row, key head), tiles fastest: the causal ones

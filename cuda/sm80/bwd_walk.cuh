@@ -15,11 +15,11 @@ struct KeyTile {
   int64_t token0;  // packed: of the array, dense: of the row
 };
 
+// Tile `tile` of a pair of batch row and key head, or of a key head where rows are packed. A whole
+// warp calls it.
 template <int kBlockM>
-__device__ KeyTile locate_keys(const BackwardParams& p) {
+__device__ KeyTile locate_keys(const BackwardParams& p, int pair, int tile) {
   const AttentionParams& fwd = p.fwd;
-  const int tiles = bwd_keys_tiles(p, kBlockM), pair = blockIdx.x / tiles;
-  const int tile = blockIdx.x - pair * tiles;
   KeyTile out;
   int begin = 0, end = fwd.kv.len_kv;
   if (fwd.q_start) {
@@ -41,6 +41,13 @@ __device__ KeyTile locate_keys(const BackwardParams& p) {
   const int length = fwd.kv.length ? fwd.kv.length[max(out.b, 0)] : longest;
   out.len_kv = out.b < 0 ? 0 : min(max(length, 0), longest);
   return out;
+}
+
+// That of this block.
+template <int kBlockM>
+__device__ KeyTile locate_keys(const BackwardParams& p) {
+  const int tiles = bwd_keys_tiles(p, kBlockM), pair = blockIdx.x / tiles;
+  return locate_keys<kBlockM>(p, pair, blockIdx.x - pair * tiles);
 }
 
 // A tile of queries from row0 on, of one head, and the buffer in which it lies.

@@ -22,6 +22,9 @@ struct Mma<DType::kF16> {
     ptx::mma_f16(d, a, b0, b1);
   }
   __device__ static uint32_t pack(float lo, float hi) { return ptx::pack_f16(lo, hi); }
+  __device__ static float2 unpack(uint32_t x) {
+    return __half22float2(reinterpret_cast<const __half2&>(x));
+  }
 };
 
 template <>
@@ -31,6 +34,9 @@ struct Mma<DType::kBF16> {
     ptx::mma_bf16(d, a, b0, b1);
   }
   __device__ static uint32_t pack(float lo, float hi) { return ptx::pack_bf16(lo, hi); }
+  __device__ static float2 unpack(uint32_t x) {
+    return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)};
+  }
 };
 
 template <>

@@ -1,0 +1,147 @@
+// What the warps of a block of the Hopper backward kernel share.
+#pragma once
+
+#include "../kv.cuh"
+#include "../sm80/bwd_walk.cuh"
+#include "block.cuh"
+#include "bwd_tiles.h"
+
+namespace jax_fa {
+
+template <int kHeadDim_, DType kDType_, bool kGeneral_>
+struct HopperBwdTraits {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr DType kDType = kDType_;
+  static constexpr bool kGeneral = kGeneral_;
+  using Element = typename Mma<kDType>::Element;
+  using Score = std::conditional_t<kGeneral, GeneralScoreWithoutBias, ScaledScore>;
+
+  static constexpr BwdHopperTile kTile = bwd_sm90_tile(kHeadDim, kGeneral);
+  static constexpr int kBlockM = kTile.m;  // keys owned
+  static constexpr int kBlockN = kTile.n;  // queries walked at a time
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kThreads = kTile.warps * 32;
+  static constexpr int kKeyWarps = kBlockM / 16;
+  static_assert(kThreads == 128 * 2 + kKeyWarps * 32);
+
+  static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;  // elements: see wgmma.cuh
+  static constexpr int kPanels = kHeadDim / kPanel;
+
+  // Dims of a product for dq: 64 keep its sums in the registers that its warpgroup has.
+  static constexpr int kSumDims = kHeadDim % 64 == 0 ? 64 : 96;
+  static_assert(kHeadDim % kSumDims == 0);
+
+  // All that an SM has, 64 K.
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kSumRegisters = kSumDims == 64 ? 64 : 80;
+  static constexpr int kKeyRegisters = kSumDims == 64 ? 208 : 200;
+};
+
+// Keys of one key head, and the queries that see some of them: of each head of the group those from
+// `begin` to `end`, in tiles of kBlockN, from `first` on and around.
+struct KeyWork {
+  KeyTile keys = {};  // keys.rows 0: there are no more
+  IntervalMask mask = {0, 0, 0, 0};
+  int b = 0, len_q = 0;
+  int head0 = 0, head1 = 0;  // none if no query sees a key
+  int begin = 0, end = 0, first = 0;
+  int token0 = 0;                       // of the row's first query in q
+  int slot0 = 0;                        // the row's first tile of sums of dq
+  int64_t stats0 = 0;                   // as token0, in params.rows for head 0
+  int k_row = 0, v_row = 0, start = 0;  // where the row's keys lie
+
+  __device__ bool walks() const { return head0 < head1; }
+};
+
+template <class Traits>
+struct HopperBwdStorage {
+  using Element = typename Traits::Element;
+  template <int kRows>
+  using Tile = Element[Traits::kPanels][kRows][Traits::kPanel];
+  static constexpr int kWorks = 4;  // more than loads, products and epilogue can be apart
+  static constexpr int kSumBuffers = Traits::kStages;
+  static constexpr int kKeyBuffers = 2;  // the next ones load while these are in use
+  // Of work that is taken in no fixed turn: others could run what a block takes early.
+  static constexpr int kWorksTaken = 2;
+
+  alignas(1024) Tile<Traits::kBlockM> k[kKeyBuffers], v;
+  alignas(1024) Tile<Traits::kBlockN> q[Traits::kStages], dout[Traits::kStages];
+  alignas(1024) Element ds[kSumBuffers][Traits::kBlockN / 64][Traits::kBlockM][64];  // transposed
+  alignas(128) float dq[2][64 * Traits::kSumDims];            // on its way to its sums
+  alignas(16) float2 rows[Traits::kStages][Traits::kBlockN];  // {lse_log2, delta} of the queries
+  alignas(16) char works[kWorks][sizeof(KeyWork)];
+  ptx::Barrier work_full[kWorks], work_empty[kWorks];
+  ptx::Barrier k_full[kKeyBuffers], k_empty[kKeyBuffers], k_uncleared[kKeyBuffers];
+  ptx::Barrier v_full, v_empty, v_uncleared;
+  ptx::Barrier queries_full[Traits::kStages], queries_empty[Traits::kStages];
+  ptx::Barrier queries_uncleared[Traits::kStages];
+  ptx::Barrier ds_full[kSumBuffers], ds_empty[kSumBuffers];
+
+  __device__ KeyWork& work(int i) { return reinterpret_cast<KeyWork&>(works[i]); }
+
+  __device__ void init_barriers() {
+    for (int i = 0; i < kWorks; ++i) {
+      ptx::barrier_init(work_full[i], 1);
+      ptx::barrier_init(work_empty[i], Traits::kKeyWarps + 4 + 2);  // and dq's, warps 1 and 2
+    }
+    for (int i = 0; i < kKeyBuffers; ++i) {
+      ptx::barrier_init(k_full[i], 1);
+      ptx::barrier_init(k_uncleared[i], 1);
+      ptx::barrier_init(k_empty[i], Traits::kKeyWarps + 4);
+    }
+    ptx::barrier_init(v_full, 1);
+    ptx::barrier_init(v_uncleared, 1);
+    ptx::barrier_init(v_empty, Traits::kKeyWarps);
+    for (int i = 0; i < Traits::kStages; ++i) {
+      ptx::barrier_init(queries_full[i], 1 + 32);  // all lanes write `rows`
+      ptx::barrier_init(queries_uncleared[i], 1);
+      ptx::barrier_init(queries_empty[i], Traits::kKeyWarps);
+    }
+    for (int i = 0; i < kSumBuffers; ++i) {
+      ptx::barrier_init(ds_full[i], Traits::kKeyWarps);
+      ptx::barrier_init(ds_empty[i], 4);
+    }
+    ptx::fence_barrier_init();
+  }
+};
+
+struct HopperBwdParams {
+  BackwardParams backward;
+  CUtensorMap q, dout, k, v;
+  HopperOrder order;
+  int slots;       // tiles of sums of dq of one head
+  int* next_tile;  // tiles beyond the first of each block that have been taken; null: in fixed turn
+};
+
+// Rows past a length may hold anything, and 0 times it must be 0 in products that sum over them.
+template <class Traits>
+__device__ bool must_clear_keys(const KeyWork& work) {
+  return work.keys.row0 + Traits::kBlockM > work.keys.len_kv;
+}
+
+template <class Traits>
+__device__ bool must_clear_queries(const KeyWork& work, int row0) {
+  return row0 + Traits::kBlockN > work.len_q;
+}
+
+// What all lanes of a warp have, so that the compiler knows: such values live in registers of their
+// own, and others are scarce.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
+// Calls step(head, row0) for each tile of queries that a block walks for some keys. The ends are
+// read where they are needed: registers are scarce.
+template <class Traits, class Step>
+__device__ __forceinline__ void for_each_step(const KeyWork& work, Step step) {
+#pragma unroll 1
+  for (int head = work.head0; head < work.head1; ++head) {
+    int row0 = work.first;
+#pragma unroll 1
+    do {
+      step(head, row0);
+      row0 += Traits::kBlockN;
+      if (row0 >= work.end) row0 = work.begin;
+    } while (row0 != work.first);
+  }
+}
+
+}  // namespace jax_fa

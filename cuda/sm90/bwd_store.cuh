@@ -1,0 +1,80 @@
+// Epilogues of the Hopper backward kernel: a warp's rows of dk or dv, and dq from its sums.
+#pragma once
+
+#include "bwd_block.cuh"
+#include "store.cuh"
+
+namespace jax_fa {
+
+// Writes a warp's 16 rows of x, times scale, as 16 bytes a lane. `at(row)`: where its h-th row of
+// the lane's two goes, null for nowhere; a row that is not `live` is 0.
+template <class Traits, class At>
+__device__ void store_rows(const float (&x)[Traits::kHeadDim / 2], float scale, int dims,
+                           const bool (&live)[2], At at) {
+  using Element = typename Traits::Element;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    Element* gRow = at(h);
+    const float factor = live[h] ? scale : 0.f;
+#pragma unroll
+    for (int d = 0; d < Traits::kHeadDim / 32; ++d) {
+      uint32_t y[4];  // two dims of each of four chunks of 8
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int i = ((d * 4 + c) * 2 + h) * 2;
+        y[c] = live[h] ? Mma<Traits::kDType>::pack(x[i] * factor, x[i + 1] * factor) : 0;
+      }
+      transpose_quad(y);  // eight dims of chunk lane % 4
+      const int dim = d * 32 + lane % 4 * 8;
+      if (gRow && dim < dims) {
+        *reinterpret_cast<uint4*>(gRow + dim) = make_uint4(y[0], y[1], y[2], y[3]);
+      }
+    }
+  }
+}
+
+// The sums of dq of 64 queries lie as the accumulators of a warpgroup do, kSumDims dims after the
+// other: four floats of each thread of a warpgroup for each 8 dims.
+template <class Traits>
+struct DqSums {
+  static constexpr int kTileFloats = kBwdSumQueries * Traits::kHeadDim;
+
+  // Of 8 dims, of the first thread.
+  __device__ static int place(int dim8) { return dim8 * 512; }
+};
+
+// dq from its sums, and 0 for what is no query of any row.
+template <class Traits>
+__global__ void __launch_bounds__(128)
+    bwd_read_sums_sm90(const __grid_constant__ BackwardParams p) {
+  using Element = typename Traits::Element;
+  const AttentionParams& fwd = p.fwd;
+  const QueryTile tile = locate_tile<kBwdSumQueries>(fwd);
+  if (tile.rows <= 0) return;
+  const bool packed = fwd.q_start != nullptr, some = tile.row0 < tile.len_q;
+  const int64_t slots = bwd_sum_slots(packed, fwd.batch, fwd.len_q, fwd.total_q, kBwdSumQueries);
+  const int64_t first =
+      packed ? (tile.token0 - tile.row0) / kBwdSumQueries + tile.b : tile.b * (slots / fwd.batch);
+  const float* gSums = p.dq_sum + (tile.head * slots + first + tile.row0 / kBwdSumQueries) *
+                                      DqSums<Traits>::kTileFloats;
+  float x[Traits::kHeadDim / 2] = {};
+  if (some) {
+#pragma unroll
+    for (int d = 0; d < Traits::kHeadDim / 8; ++d) {
+      const float4 y =
+          *reinterpret_cast<const float4*>(gSums + DqSums<Traits>::place(d) + threadIdx.x * 4);
+      x[4 * d] = y.x, x[4 * d + 1] = y.y, x[4 * d + 2] = y.z, x[4 * d + 3] = y.w;
+    }
+  }
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  auto* gDq =
+      static_cast<Element*>(p.dq) + tile.token0 * p.dq_token_stride + tile.head * fwd.q_head_stride;
+  const bool live[2] = {some, some};
+  store_rows<Traits>(x, fwd.scale, fwd.head_dim, live, [&](int h) {
+    const int r = row + h * 8;
+    return r < tile.rows ? gDq + r * p.dq_token_stride : nullptr;
+  });
+}
+
+}  // namespace jax_fa

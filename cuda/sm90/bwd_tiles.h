@@ -1,0 +1,47 @@
+// Tiles, order of work and scratch of the Hopper backward kernel. Plain C++: the kernel is built
+// from it, the planner explains it and the lowering allocates by it.
+#pragma once
+
+#include "../sm80/bwd_tiles.h"
+#include "tiles.h"
+
+namespace jax_fa {
+
+struct BwdHopperTile {
+  int m, n;    // keys that a block owns, 64 for each warpgroup, and queries that it walks at a time
+  int stages;  // buffers of queries and of the gradients of their outputs
+  int warps;   // 4 that produce, 4 for dq, 8 for dk and dv
+};
+
+// Whether dk and dv of 64 keys fit the registers of a warpgroup beside their scores: dk, dv, one of
+// s and dp at a time, and p in 16 bits.
+constexpr bool bwd_sm90_has_tile(int head_dim_tile, DType dtype) {
+  return head_dim_tile <= 128 && dtype != DType::kF32;
+}
+
+constexpr BwdHopperTile bwd_sm90_tile(int head_dim_tile, bool general) {
+  return {128, head_dim_tile <= 64 && !general ? 128 : 64, 2, 16};
+}
+
+// dq is summed in tiles of so many queries of a head.
+constexpr int kBwdSumQueries = 64;
+
+// Whether the kernel can run a call.
+inline bool bwd_sm90_covers(const BackwardParams& p, int head_dim_tile) {
+  return bwd_sm90_has_tile(head_dim_tile, p.fwd.dtype) && !p.fwd.bias && !p.deterministic;
+}
+
+// Pairs of a batch row and a key head, heads where rows are packed. A section is what fits L2 with
+// its queries, the gradients of their outputs and the sums of dq.
+inline HopperOrder bwd_sm90_order(const BackwardParams& p, int keys, bool masked) {
+  const AttentionParams& fwd = p.fwd;
+  const int64_t tiles = bwd_keys_tiles(p, keys);
+  const int64_t pairs = int64_t(fwd.q_start ? 1 : fwd.batch) * fwd.heads_kv;
+  const int64_t group = fwd.heads_q / fwd.heads_kv;
+  const int64_t bytes = int64_t(fwd.len_q) * group * fwd.head_dim * (2 + 2 + 4);
+  const int64_t fitting = kFwdSectionBytes / std::max<int64_t>(1, bytes);
+  const int64_t section = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(pairs, 1));
+  return {int(tiles), int(pairs), int(section), int(tiles * pairs), masked};
+}
+
+}  // namespace jax_fa
