@@ -12,6 +12,7 @@ import pytest
 from jax_fa import _jax_fa
 
 KINDS = ["full", "masked", "general", "quantized", "quantized general"]  # FwdClass, in its order
+DTYPES = {"float16": 0, "bfloat16": 1}  # DType
 
 
 def _cuobjdump():
@@ -31,16 +32,18 @@ def _resources():
     """Of each Hopper kernel, by its mangled name."""
     if not _cuobjdump():
         pytest.skip("cuobjdump is not installed")
-    found = re.findall(r"Function (\S*8fwd_sm90I\S*):\s*(.*)", _dump("-res-usage"))
+    found = re.findall(r"Function (\S*8(?:fwd|bwd)_sm90I\S*):\s*(.*)", _dump("-res-usage"))
     if not found:
         pytest.skip("the extension was built without Hopper kernels")
     return {name: dict(re.findall(r"(\w+):(\d+)", usage)) for name, usage in found}
 
 
-def _kernel(dim, dtype, kind):
-    number = {"float16": 0, "bfloat16": 1}[dtype], KINDS.index(kind)
-    part = "ILi{}ELNS_5DTypeE{}ELNS_8FwdClassE{}E".format(dim, *number)
-    return next(name for name in _resources() if part in name)
+def _kernel(part):
+    """The one whose mangled name has that part; it keeps everything in registers."""
+    kernel = next(name for name in _resources() if part in name)
+    usage = _resources()[kernel]
+    assert usage["STACK"] == usage["LOCAL"] == "0"
+    return kernel
 
 
 def _instructions(kernel):
@@ -60,26 +63,48 @@ def _loops(instructions):
     return sorted((instructions[a : b + 1] for a, b in jumps if a <= b), key=len)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("dim", _jax_fa.head_dims)
-def test_hopper_kernels_multiply_and_copy_as_written(dim, dtype, kind):
-    kernel = _kernel(dim, dtype, kind)
-    usage = _resources()[kernel]
-    assert usage["STACK"] == usage["LOCAL"] == "0"
+def _loop_with(instructions, name):
+    return next(loop for loop in _loops(instructions) if any(name in i[1] for i in loop))
 
-    instructions = _instructions(kernel)
+
+def _products(instructions):
+    return [operands for _, name, operands in instructions if name.startswith("HGMMA")]
+
+
+def _count(instructions):
     count = collections.Counter(name.split(".")[0] for _, name, _ in instructions)
     assert count["LDL"] == count["STL"] == 0
+    return count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", _jax_fa.head_dims)
+def test_hopper_forward_multiplies_and_copies_as_written(dim, dtype, kind):
+    part = f"ILi{dim}ELNS_5DTypeE{DTYPES[dtype]}ELNS_8FwdClassE{KINDS.index(kind)}E"
+    instructions = _instructions(_kernel(part))
     # producers (and dequantizers) give registers back, consumers take them
-    assert count["USETMAXREG"] == 2 + kind.startswith("quantized")
+    assert _count(instructions)["USETMAXREG"] == 2 + kind.startswith("quantized")
 
-    def loop_with(name):
-        return next(loop for loop in _loops(instructions) if any(name in i[1] for i in loop))
-
-    products = [operands for _, name, operands in loop_with("HGMMA") if name.startswith("HGMMA")]
+    products = _products(_loop_with(instructions, "HGMMA"))
     assert any("tnspB" in p for p in products)  # p v
     assert any("tnspB" not in p for p in products)  # q k
     # a group of products each, waited for once: else they would run one by one
     assert sum("gsb0" in p for p in products) == 2
-    assert any("UTMALDG" in name for _, name, _ in loop_with("UTMALDG"))
+    assert _loop_with(instructions, "UTMALDG")
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [dim for dim in _jax_fa.head_dims if dim <= 128])
+def test_hopper_backward_multiplies_and_copies_as_written(dim, dtype, general):
+    part = f"15HopperBwdTraitsILi{dim}ELNS_5DTypeE{DTYPES[dtype]}ELb{int(general)}E"
+    instructions = _instructions(_kernel(part))
+    # the producers and those of dq give registers back, those of keys take them
+    assert _count(instructions)["USETMAXREG"] == 3
+
+    products = _products(instructions)
+    assert sum("gsb0" in p for p in products) == 5  # a group each, for s, dp, dv, dk and dq
+    assert any("tnspA" in p for p in products)  # ds^T k
+    assert _loop_with(instructions, "UTMALDG")
+    assert _loop_with(instructions, "UBLKRED")  # dq is added by bulk copies
