@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from gpu import same_bits
 
 import jax_fa
 
@@ -171,11 +172,6 @@ def check_dense(shape, dtype, options, rng, **fixed):
     assert all(actual[name].dtype == jnp.dtype(dtype) for name in NAMES[:3])
     low = oracle(q, k, v, do, dlse, rounded=jnp.dtype(dtype), **options)
     compare(actual, oracle(q, k, v, do, dlse, **options), low, dtype)
-
-
-def same_bits(x, y):
-    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 # --- dense ---

@@ -1,0 +1,116 @@
+"""Decode by the kernels against the float64 oracle (`pytest -m gpu`)."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gpu import DTYPES, QUANTIZED, check_decode, filled, same_bits
+
+import jax_fa
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+def test_decode_head_dims(head_dim, dtype, kind, rng):
+    cache, wide, maps = filled(rng, kind, 3, 350, 2, head_dim, dtype)
+    q = cases.normal(rng, 3, 1, 8, head_dim, dtype=jnp.dtype(dtype))
+    check_decode(q, cache, wide, jnp.array([350, 0, 129], jnp.int32), maps, dtype)
+
+
+@pytest.mark.parametrize("len_q", [1, 3, 16])
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 8, 16])
+def test_decode_tokens_and_groups(len_q, group, rng):
+    cache, wide, maps = filled(rng, "contiguous", 2, 239, 2, 64, "bfloat16")
+    q = cases.normal(rng, 2, len_q, 2 * group, 64, dtype=jnp.bfloat16)
+    check_decode(q, cache, wide, jnp.array([239, 7], jnp.int32), maps, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("feature", cases.DECODE_FEATURES)
+def test_decode_features(feature, kind, rng):
+    cache, wide, maps = filled(rng, kind, 3, 217, 2, 64, "bfloat16", page=8)
+    q = cases.normal(rng, 3, 2, 8, 64, dtype=jnp.bfloat16)
+    options = cases.options_of((feature,), rng, cases.Shape(3, 2, 217, 8, 2, 64))
+    check_decode(q, cache, wide, jnp.array([217, 1, 63], jnp.int32), maps, "bfloat16", **options)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("dtype, granularity, size", QUANTIZED)
+def test_decode_quantized(dtype, granularity, size, kind, rng):
+    for head_dim, q_dtype in ((64, "bfloat16"), (128, "float16")):
+        cache, wide, maps = filled(rng, kind, 2, 300, 2, head_dim, dtype, granularity, size)
+        q = cases.normal(rng, 2, 1, 8, head_dim, dtype=jnp.dtype(q_dtype))
+        check_decode(q, cache, wide, jnp.array([300, 65], jnp.int32), maps, q_dtype)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_decode_of_a_long_row_is_split_and_deterministic(kind, dtype, rng):
+    cache, wide, maps = filled(rng, kind, 1, 20011, 2, 64, dtype, page=64)
+    q = cases.normal(rng, 1, 1, 8, 64, dtype=jnp.bfloat16)
+    lengths = jnp.array([20011], jnp.int32)
+    call, actual = check_decode(q, cache, wide, lengths, maps, "bfloat16")
+    for _ in range(3):
+        same_bits(call(q, cache, lengths, maps), actual)
+
+
+@pytest.mark.parametrize("page", [1, 8, 16, 128])
+def test_decode_page_sizes(page, rng):
+    cache, wide, maps = filled(rng, "paged", 2, 300, 2, 64, "bfloat16", page=page)
+    q = cases.normal(rng, 2, 1, 8, 64, dtype=jnp.bfloat16)
+    check_decode(q, cache, wide, jnp.array([300, 65], jnp.int32), maps, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_decode_layers(kind, rng):
+    for dtype in ("bfloat16", "int8"):
+        cache, wide, maps = filled(rng, kind, 2, 139, 2, 64, dtype, layers=3)
+        q = cases.normal(rng, 2, 1, 8, 64, dtype=jnp.bfloat16)
+        check_decode(q, cache, wide, jnp.array([139, 65], jnp.int32), maps, "bfloat16")
+
+
+def test_decode_batch_index(rng):
+    cache, wide, _ = filled(rng, "contiguous", 4, 139, 2, 64, "bfloat16")
+    maps = {"batch_index": jnp.array([3, 0, 3], jnp.int32)}
+    q = cases.normal(rng, 3, 1, 8, 64, dtype=jnp.bfloat16)
+    check_decode(q, cache, wide, jnp.array([139, 65, 2], jnp.int32), maps, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8"])
+def test_decode_and_hybrid_poison(kind, dtype, rng):
+    lengths = np.array([139, 0, 70], np.int32)
+    cache, _, maps = filled(rng, kind, 3, 144, 2, 64, dtype)
+    q = cases.normal(rng, 3, 1, 8, 64, dtype=jnp.bfloat16)
+    cu, packed = cases.cu_seqlens([30, 0, 1]), cases.normal(rng, 40, 8, 64, dtype=jnp.bfloat16)
+
+    @jax.jit
+    def call(q, packed, cache, maps):
+        return (
+            jax_fa.decode_attention(q, *cache, lengths, return_lse=True, **maps),
+            jax_fa.hybrid_attention(packed, *cache, cu, lengths, return_lse=True, **maps),
+        )
+
+    live = np.zeros(cache[0].shape[:2], bool)
+    table = np.asarray(maps.get("page_table", np.zeros((3, 0), np.int32))).copy()
+    for b, n in enumerate(lengths):
+        for j in range(n):
+            live[(table[b, j // 16], j % 16) if kind == "paged" else (b, j)] = True
+        table[b, -(-n // 16) :] = [1 << 30, -1, -(1 << 31)][b]
+
+    def poison(x):
+        if isinstance(x, jax_fa.QuantizedArray):
+            scale = jnp.where(live[:, None, :, None], x.scale, jnp.nan)
+            bits = jnp.where(
+                live[..., None, None], jax.lax.bitcast_convert_type(x.values, jnp.int8), -1
+            )
+            return jax_fa.QuantizedArray(jax.lax.bitcast_convert_type(bits, x.values.dtype), scale)
+        return jnp.where(live[..., None, None], x, jnp.nan)
+
+    dirty_maps = {"page_table": jnp.asarray(table)} if kind == "paged" else {}
+    dirty = call(q, packed.at[31:].set(jnp.nan), tuple(map(poison, cache)), dirty_maps)
+    same_bits(dirty, call(q, packed, cache, maps))

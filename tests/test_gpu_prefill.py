@@ -1,0 +1,149 @@
+"""Dense and packed prefill by the kernels against the float64 oracle (`pytest -m gpu`)."""
+
+import itertools
+
+import cases
+import jax
+import jax.numpy as jnp
+import pytest
+import reference
+from gpu import DTYPES, LENGTHS_K, LENGTHS_Q, check, check_dense, run_dense, same_bits
+
+import jax_fa
+
+pytestmark = pytest.mark.gpu
+
+HEAD_DIMS = [40, 64, 72, 80, 96, 128, 160, 192, 256]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(head_dim, dtype, causal, rng):
+    check_dense(cases.Shape(1, 113, 217, 4, 2, head_dim), dtype, {"causal": causal}, rng)
+
+
+FEATURES = [name for name in cases.FEATURES if name != "dropout"]
+
+
+PAIRS = [*((name,) for name in FEATURES), *itertools.combinations(FEATURES, 2)]
+
+
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_features(names, rng):
+    shape = cases.Shape(3, 113, 139, 6, 2, 64)
+    check_dense(shape, "bfloat16", cases.options_of(names, rng, shape), rng)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("causal", "softcap"), ("bias", "sinks"), ("window", "alibi", "kv_lengths")],
+    ids="-".join,
+)
+@pytest.mark.parametrize("dtype, head_dim", [("float16", 128), ("float32", 96), ("bfloat16", 256)])
+def test_features_of_other_dtypes(dtype, head_dim, names, rng):
+    shape = cases.Shape(2, 67, 131, 4, 4, head_dim)
+    check_dense(shape, dtype, cases.options_of(names, rng, shape), rng)
+
+
+@pytest.mark.parametrize("softcap", [0.3, 5.0, 20.0, 50.0])
+@pytest.mark.parametrize("dtype, head_dim", [("float16", 64), ("bfloat16", 128), ("float16", 256)])
+def test_softcaps_far_above_and_below_scores(dtype, head_dim, softcap, rng):
+    options = {"causal": True, "softcap": softcap, "scale": 3 * head_dim**-0.5}
+    check_dense(cases.Shape(1, 200, 333, 4, 2, head_dim), dtype, options, rng)
+
+
+SIZES = [(1, 1), (1, 3), (3, 1), (63, 65), (65, 63), (1, 1023), (239, 113), (129, 1023), (799, 799)]
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("len_q, len_kv", SIZES)
+def test_sizes(len_q, len_kv, group, rng):
+    shape = cases.Shape(2, len_q, len_kv, group, 1, 64)
+    check_dense(shape, "bfloat16", {"causal": True, "window": (300, None)}, rng)
+
+
+@pytest.mark.parametrize("group", [2, 4, 5, 6, 7, 16, 32])
+def test_groups(group, rng):
+    check_dense(cases.Shape(1, 77, 99, 2 * group, 2, 128), "float16", {"causal": True}, rng)
+
+
+@pytest.mark.parametrize(
+    "axes", [(1, 1, 1, 1), (2, 4, 1, 1), (1, 1, 65, 1), (1, 4, 1, 131), (2, 4, 65, 131)], ids=str
+)
+@pytest.mark.parametrize("bias_dtype", ["bfloat16", "float32"])
+def test_bias(axes, bias_dtype, rng):
+    bias = cases.normal(rng, *axes, dtype=jnp.dtype(bias_dtype))
+    check_dense(cases.Shape(2, 65, 131, 4, 2, 64), "bfloat16", {"bias": bias}, rng)
+
+
+def test_masked_rows_and_minus_infinity(rng):
+    bias = (
+        cases.normal(rng, 1, 2, 65, 131).at[:, :, :, 30:90].set(-jnp.inf).at[:, 1, 7].set(-jnp.inf)
+    )
+    shape = cases.Shape(2, 65, 131, 4, 2, 64)
+    lengths = {
+        "q_lengths": jnp.array([65, 9], jnp.int32),
+        "kv_lengths": jnp.array([20, 0], jnp.int32),
+    }
+    for options in (
+        {"bias": jnp.tile(bias, (1, 2, 1, 1))},
+        {"causal": True, **lengths},
+        {"causal": True, "sinks": cases.normal(rng, 4), **lengths},
+        {"window": (3, 5), **lengths},
+    ):
+        check_dense(shape, "bfloat16", options, rng)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_poison_past_lengths(dtype, rng):
+    shape = cases.Shape(3, 97, 139, 4, 2, 64)
+    q, k, v = cases.qkv(rng, shape, jnp.dtype(dtype))
+    options = {
+        "q_lengths": jnp.array([70, 97, 0], jnp.int32),
+        "kv_lengths": jnp.array([33, 0, 130], jnp.int32),
+        "causal": True, "sinks": cases.normal(rng, 4),
+    }  # fmt: skip
+    clean = run_dense(q, k, v, options)
+    past_q = jnp.arange(97)[None] >= options["q_lengths"][:, None]
+    past_k = jnp.arange(139)[None] >= options["kv_lengths"][:, None]
+    q = jnp.where(past_q[..., None, None], jnp.nan, q)
+    k, v = (jnp.where(past_k[..., None, None], jnp.nan, x) for x in (k, v))
+    same_bits(run_dense(q, k, v, options), clean)
+
+
+def test_packed_buffers(rng):
+    q, k, v = cases.qkv(rng, cases.Shape(2, 113, 113, 4, 4, 64), jnp.bfloat16)
+    expected = run_dense(q, k, v, {"causal": True})
+    options = {"causal": True, "return_lse": True}
+    same_bits(jax_fa.flash_attention_qkvpacked(jnp.stack([q, k, v], 2), **options), expected)
+    same_bits(jax_fa.flash_attention_kvpacked(q, jnp.stack([k, v], 2), **options), expected)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(), ("causal",), ("causal", "sinks"), ("window", "softcap"), ("causal", "alibi")],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float16", 128), ("float32", 72)])
+def test_varlen(dtype, head_dim, names, rng):
+    shape = cases.Shape(6, 129, 200, 4, 2, head_dim)
+    options = cases.options_of(names, rng, shape)
+    q = cases.normal(rng, 210, 4, head_dim, dtype=jnp.dtype(dtype))
+    k, v = (cases.normal(rng, 420, 2, head_dim, dtype=jnp.dtype(dtype)) for _ in "kv")
+    cu_q, cu_k = cases.cu_seqlens(LENGTHS_Q), cases.cu_seqlens(LENGTHS_K)
+
+    @jax.jit
+    def call(q, k, v):
+        return jax_fa.flash_attention_varlen(
+            q, k, v, cu_q, cu_k, max_seqlen_q=129, max_seqlen_k=200, return_lse=True, **options
+        )
+
+    actual = call(q, k, v)
+    check(
+        actual,
+        lambda rounded: reference.varlen(q, k, v, cu_q, cu_k, rounded=rounded, **options),
+        dtype, 3 if "softcap" in names else 2,
+    )  # fmt: skip
+    poisoned = (q.at[205:].set(jnp.nan), *(x.at[404:].set(jnp.nan) for x in (k, v)))
+    same_bits(call(*poisoned), actual)

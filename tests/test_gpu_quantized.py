@@ -1,0 +1,97 @@
+"""Prefill over int8 and fp8 keys by the kernels against the float64 oracle (`pytest -m gpu`)."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from gpu import ATOL, LENGTHS_K, LENGTHS_Q, QUANTIZED, check, run_dense
+
+import jax_fa
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("q_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype, granularity, size", QUANTIZED)
+def test_dense_over_quantized_keys(dtype, granularity, size, q_dtype, rng):
+    q, k, v = cases.qkv(rng, cases.Shape(2, 65, 139, 4, 2, 64), jnp.dtype(q_dtype))
+    kq, vq = (jax_fa.quantize(x, dtype, granularity, size) for x in (k, v))
+    wide = [reference.dequantize(x.values, x.scale) for x in (kq, vq)]
+    check(
+        run_dense(q, kq, vq, {"causal": True}),
+        lambda rounded: reference.attention(q, *wide, causal=True, rounded=rounded),
+        q_dtype,
+    )
+
+
+PAIRS_OF_FORMATS = [
+    (("int8", "head", None), ("float8_e4m3fn", None, None)),
+    (("float8_e5m2", "head", None), ("int8", "group", 16)),
+    (("float8_e4m3fn", "group", 32), ("float8_e4m3fn", "tensor", None)),
+]
+
+
+@pytest.mark.parametrize("formats", PAIRS_OF_FORMATS, ids=lambda x: "-".join(map(str, x)))
+@pytest.mark.parametrize(
+    "names",
+    [
+        (), ("causal",), ("window",), ("causal", "softcap"), ("causal", "alibi"),
+        ("window", "alibi", "softcap", "sinks"), ("causal", "q_lengths", "kv_lengths", "sinks"),
+        ("bias",),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("q_dtype, head_dim", [("bfloat16", 128), ("float16", 64)])
+def test_features_over_quantized_keys(names, formats, q_dtype, head_dim, rng):
+    shape = cases.Shape(3, 217, 439, 6, 2, head_dim)
+    options = cases.options_of(names, rng, shape)
+    q, k, v = cases.qkv(rng, shape, jnp.dtype(q_dtype))
+    kq, vq = (jax_fa.quantize(x, *how) for x, how in zip((k, v), formats))
+    wide = [reference.dequantize(x.values, x.scale) for x in (kq, vq)]
+    check(
+        run_dense(q, kq, vq, options),
+        lambda rounded: reference.attention(q, *wide, rounded=rounded, **options),
+        q_dtype, 3 if "softcap" in names else 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("largest", [1e-3, 3e4])
+def test_scales_of_any_size_over_quantized_keys(largest, dtype, rng):
+    """Values near the ends of what float16 holds."""
+    q, k, v = cases.qkv(rng, cases.Shape(2, 130, 260, 4, 2, 128), jnp.float16)
+    wide_v = v.astype(jnp.float32)
+    v = wide_v * (largest / jnp.abs(wide_v).max(-1, keepdims=True))
+    kq, vq = (jax_fa.quantize(x, dtype) for x in (k, v))
+    wide = [reference.dequantize(x.values, x.scale) for x in (kq, vq)]
+    out, lse = run_dense(q, kq, vq, {"causal": True})
+    oracle = lambda rounded: reference.attention(q, *wide, causal=True, rounded=rounded)  # noqa: E731
+    (ref, ref_lse), (low, _) = oracle(None), oracle(jnp.dtype("float16"))
+    atol = largest * ATOL["float16"]
+    reference.assert_close(out, ref, 2 * np.abs(low - ref).max() + atol, "out")
+    reference.assert_close(lse, ref_lse, 1e-2, "lse")
+
+
+@pytest.mark.parametrize("names", [("causal",), ("window", "softcap", "sinks")], ids=str)
+@pytest.mark.parametrize("dtype, granularity, size", [QUANTIZED[0], QUANTIZED[2], *QUANTIZED[4:7]])
+@pytest.mark.parametrize("q_dtype, head_dim", [("bfloat16", 128), ("float16", 80)])
+def test_varlen_over_quantized_keys(q_dtype, head_dim, dtype, granularity, size, names, rng):
+    size = size and 16
+    options = cases.options_of(names, rng, cases.Shape(6, 129, 200, 4, 2, head_dim))
+    q = cases.normal(rng, 210, 4, head_dim, dtype=jnp.dtype(q_dtype))
+    keys = (cases.normal(rng, 420, 2, head_dim, dtype=jnp.dtype(q_dtype)) for _ in "kv")
+    k, v = (jax_fa.quantize(x, dtype, granularity, size) for x in keys)
+    wide = [reference.dequantize(x.values, x.scale) for x in (k, v)]
+    cu_q, cu_k = cases.cu_seqlens(LENGTHS_Q), cases.cu_seqlens(LENGTHS_K)
+    actual = jax.jit(
+        lambda q, k, v: jax_fa.flash_attention_varlen(
+            q, k, v, cu_q, cu_k, max_seqlen_q=129, max_seqlen_k=200, return_lse=True, **options
+        )
+    )(q, k, v)
+    check(
+        actual,
+        lambda rounded: reference.varlen(q, *wide, cu_q, cu_k, rounded=rounded, **options),
+        q_dtype, 3 if "softcap" in names else 2,
+    )  # fmt: skip

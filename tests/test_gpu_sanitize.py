@@ -1,0 +1,61 @@
+"""Tiny cases of every forward kernel, for compute-sanitizer (`pytest -m sanitize`)."""
+
+import cases
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from gpu import DTYPES, check, check_decode, check_dense, filled, new_cache
+
+import jax_fa
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+def test_sanitize_dense(head_dim, dtype, rng):
+    shape = cases.Shape(2, 17, 35, 2, 1, head_dim)
+    options = cases.options_of(
+        ("causal", "softcap", "alibi", "sinks", "bias", "kv_lengths"), rng, shape
+    )
+    check_dense(shape, dtype, options, rng)
+
+
+@pytest.mark.sanitize
+def test_sanitize_varlen(rng):
+    q, k = (cases.normal(rng, n, h, 64, dtype=jnp.bfloat16) for n, h in ((21, 2), (30, 1)))
+    cu_q, cu_k = cases.cu_seqlens([5, 0, 12]), cases.cu_seqlens([7, 3, 15])
+    actual = jax_fa.flash_attention_varlen(
+        q, k, k, cu_q, cu_k, max_seqlen_q=12, max_seqlen_k=15, causal=True, return_lse=True
+    )
+    check(
+        actual, lambda r: reference.varlen(q, k, k, cu_q, cu_k, causal=True, rounded=r), "bfloat16"
+    )
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "float8_e4m3fn"])
+def test_sanitize_caches(dtype, kind, rng):
+    q_dtype = dtype if dtype in DTYPES else "bfloat16"
+    cache, wide, maps = filled(rng, kind, 2, 40, 1, 64, dtype)
+    lengths = jnp.array([40, 5], jnp.int32)
+    q = cases.normal(rng, 2, 2, 4, 64, dtype=jnp.dtype(q_dtype))
+    check_decode(q, cache, wide, lengths, maps, q_dtype)
+    cu = cases.cu_seqlens([1, 3])
+    actual = jax_fa.hybrid_attention(
+        q.reshape(4, 4, 64), *cache, cu, lengths, return_lse=True, **maps
+    )
+    check(
+        actual,
+        lambda r: reference.hybrid(
+            q.reshape(4, 4, 64), *wide, cu, np.asarray(lengths), rounded=r, **maps
+        ),
+        q_dtype,
+    )
+    appended = new_cache(kind, None, dtype, "head", None)
+    new = cases.normal(rng, 3, 2, 2, 64, dtype=jnp.dtype(q_dtype))
+    tables = cases.normal(rng, 64, 16), cases.normal(rng, 64, 16)
+    assert (appended.append(new, new, rotary=tables).lengths == 2).all()
