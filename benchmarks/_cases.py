@@ -186,9 +186,9 @@ def _backward():
     return [
         _square(f"prefill_h{dim}_{'causal' if causal else 'full'}", n, dim, causal=causal,
                 backward=True)
-        for dim in (64, 128)
+        for dim in (64, 128, 256)
         for causal in (False, True)
-        for n in (512, 2048, 8192, 16384)
+        for n in ((512, 1024, 2048, 4096, 8192, 16384) if dim < 256 else (2048, 8192, 16384))
     ]  # fmt: skip
 
 

@@ -60,6 +60,12 @@ def jax_fa_prefill(case, x):
     return packed(case, x, fn)
 
 
+@of("jax_fa deterministic", on_cpu=True, covers=lambda c: c.backward)
+def jax_fa_deterministic(case, x):
+    fn = functools.partial(jax_fa.flash_attention, deterministic=True, **options(case, x))
+    return attention(case, x, fn)
+
+
 @of("cudnn", covers=plain)
 def cudnn(case, x):
     return attention(case, x, jax_nn(case, "cudnn"))
