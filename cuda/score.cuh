@@ -174,11 +174,11 @@ struct UnbiasedScore {
   float slope;  // in units
   int diagonal;
 
-  // All lanes of a warp call it.
+  // All lanes of a warp call it. `own`: all queries and keys are the row's, none lies past a length.
   template <class ForEach>
-  __device__ void apply(ForEach for_each) const {
+  __device__ void apply(ForEach for_each, bool own) const {
     if (units.capped) {
-      cap(for_each);
+      cap(for_each, own);
     } else if (units.factor != 1.f) {
       for_each([&](float& x, Place, Place) { x *= units.factor; });
     }
@@ -190,16 +190,17 @@ struct UnbiasedScore {
   __device__ float to_log2() const { return units.unit * kLog2e; }
 
  private:
-  // By the polynomial, unless the sum of a few squares is past its range.
+  // By the polynomial, unless the sum of a few squares is past its range; nor where what lies past a
+  // length would have a say in that, and so in the last bits of the row.
   template <class ForEach>
-  __device__ void cap(ForEach for_each) const {
+  __device__ void cap(ForEach for_each, bool own) const {
     constexpr int kSums = 4;
     float sums[kSums] = {};
     for_each([&](float& x, Place, Place j) {
       float& sum = sums[j.step / 8 % kSums];
       sum = fmaf(x, x, sum);
     });
-    bool within = true;
+    bool within = own;
 #pragma unroll
     for (const float sum : sums) within = within && sum < units.range;
     if (__all_sync(0xffffffff, within)) {

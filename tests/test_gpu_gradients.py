@@ -251,6 +251,15 @@ def test_lengths_that_leave_whole_tiles_of_keys_to_nobody(rng):
     check_dense(cases.Shape(4, 300, 400, 4, 2, 128), "bfloat16", options, rng)
 
 
+@pytest.mark.parametrize(
+    "shape", [cases.Shape(4, 300, 640, 8, 8, 128), cases.Shape(80, 64, 128, 8, 8, 64)], ids=str
+)
+def test_blocks_that_take_keys_of_nobody_after_others(shape, rng):
+    """More tiles than multiprocessors, with keys that half of a block or all of it skips."""
+    lengths = jnp.full(shape.batch, 60, jnp.int32)
+    check_dense(shape, "bfloat16", {"kv_lengths": lengths}, rng)
+
+
 @pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float32", 128)])
 @pytest.mark.parametrize(
     "axes",
@@ -284,24 +293,28 @@ def test_top_left_masks(rng):
     compare(actual, oracle(*args, **options), low, "bfloat16")
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_poison_past_lengths_never_reaches_gradients(dtype, rng):
+def test_poison_past_lengths_never_reaches_gradients(dtype, with_bias, rng):
     shape = cases.Shape(3, 97, 139, 4, 2, 64)
     q, k, v = cases.qkv(rng, shape, jnp.dtype(dtype))
     do, dlse = cotangents(rng, q, jnp.dtype(dtype))
     options = {
         "q_lengths": jnp.array([70, 97, 0], jnp.int32),
         "kv_lengths": jnp.array([33, 0, 130], jnp.int32),
-        "causal": True, "sinks": cases.normal(rng, 4), "bias": cases.normal(rng, 3, 4, 97, 139),
+        "causal": True, "sinks": cases.normal(rng, 4),
     }  # fmt: skip
+    if with_bias:
+        options["bias"] = cases.normal(rng, 3, 4, 97, 139)
     clean = run_dense(q, k, v, do, dlse, options, deterministic=True)
     past_q = jnp.arange(97)[None] >= options["q_lengths"][:, None]
     past_k = jnp.arange(139)[None] >= options["kv_lengths"][:, None]
     q, do = (jnp.where(past_q[..., None, None], jnp.nan, x) for x in (q, do))
     k, v = (jnp.where(past_k[..., None, None], jnp.nan, x) for x in (k, v))
     dlse = jnp.where(past_q[:, None], jnp.nan, dlse)
-    past = past_q[:, None, :, None] | past_k[:, None, None]
-    options["bias"] = jnp.where(past, jnp.nan, options["bias"])
+    if with_bias:
+        past = past_q[:, None, :, None] | past_k[:, None, None]
+        options["bias"] = jnp.where(past, jnp.nan, options["bias"])
     same_bits(run_dense(q, k, v, do, dlse, options, deterministic=True), clean)
     dirty = run_dense(q, k, v, do, dlse, options)
     for name, x in dirty.items():
@@ -411,6 +424,24 @@ def test_vmap_of_grad_equals_a_loop(in_axes, rng):
     for i in range(3):
         one = jax.jit(grad)(*cases.lane(args, in_axes, i))
         same_bits([x[i] for x in nested], one)
+
+
+def test_varlen_with_a_long_tail_of_padding(rng):
+    q = cases.normal(rng, 50, 4, 64, dtype=jnp.bfloat16)
+    k, v = (cases.normal(rng, 20000, 2, 64, dtype=jnp.bfloat16) for _ in "kv")
+    do, dlse = cotangents(rng, q, jnp.bfloat16)
+    cu_q, cu_k = cases.cu_seqlens([50]), cases.cu_seqlens([200])
+
+    def fn(q, k, v):
+        return jax_fa.flash_attention_varlen(
+            q, k, v, cu_q, cu_k, max_seqlen_q=50, max_seqlen_k=200, return_lse=True
+        )
+
+    actual = vjp_of(fn)(q, k, v, {}, do, dlse)
+    dense = run_dense(q[None], k[None, :200], v[None, :200], do[None], dlse[None], {})
+    assert (actual["dk"][200:] == 0).all() and (actual["dv"][200:] == 0).all()
+    for name, size in (("dq", 50), ("dk", 200), ("dv", 200)):
+        reference.assert_close(actual[name][:size], dense[name][0], 5e-2, name)
 
 
 def test_vmap_of_grad_of_varlen_equals_a_loop(rng):

@@ -155,3 +155,23 @@ def test_hybrid_with_a_split_size_has_the_bits_of_any_batch(rng):
     for others in ([1, 0, 0, 0], [1, 2, 30, 7]):
         part = call(q, cases.cu_seqlens(others), np.array([4711, 5000, 200, 7], np.int32))
         same_bits((part[0][:1], part[1][:, :1]), (whole[0][:1], whole[1][:, :1]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kind, page", [("contiguous", 0), ("paged", 16)])
+def test_vmap_over_caches(kind, page, dtype, rng):
+    """Each lane reads its own, in rows that decode and in rows that prefill."""
+    lanes = [filled(rng, kind, 3, 240, 2, 64, dtype, page=page) for _ in range(2)]
+    q = cases.normal(rng, 2, 77, 8, 64, dtype=jnp.bfloat16)
+    cu, lengths = cases.cu_seqlens([1, 70, 3]), jnp.array([100, 239, 7], jnp.int32)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *((cache, maps) for cache, _, maps in lanes))
+    call = jax.vmap(lambda q, of: run_hybrid(q, of[0], cu, lengths, of[1]))
+    out, lse = jax.jit(call)(q, stacked)
+    for i, (_, wide, maps) in enumerate(lanes):
+        check(
+            (out[i], lse[i]),
+            lambda rounded: reference.hybrid(
+                q[i], *wide, cu, np.asarray(lengths), rounded=rounded, **maps  # noqa: B023
+            ),
+            "bfloat16",
+        )  # fmt: skip

@@ -95,14 +95,15 @@ def test_masked_rows_and_minus_infinity(rng):
         check_dense(shape, "bfloat16", options, rng)
 
 
+@pytest.mark.parametrize("softcap", [None, 50.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_poison_past_lengths(dtype, rng):
+def test_poison_past_lengths(dtype, softcap, rng):
     shape = cases.Shape(3, 97, 139, 4, 2, 64)
     q, k, v = cases.qkv(rng, shape, jnp.dtype(dtype))
     options = {
         "q_lengths": jnp.array([70, 97, 0], jnp.int32),
         "kv_lengths": jnp.array([33, 0, 130], jnp.int32),
-        "causal": True, "sinks": cases.normal(rng, 4),
+        "causal": True, "sinks": cases.normal(rng, 4), "softcap": softcap,
     }  # fmt: skip
     clean = run_dense(q, k, v, options)
     past_q = jnp.arange(97)[None] >= options["q_lengths"][:, None]

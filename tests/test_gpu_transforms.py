@@ -18,10 +18,11 @@ pytestmark = pytest.mark.gpu
 def test_reruns_and_batch_permutations_have_the_same_bits(rng):
     q, k, v = cases.qkv(rng, cases.Shape(5, 239, 217, 8, 2, 128), jnp.bfloat16)
     order = np.array([3, 1, 4, 0, 2])
-    first = run_dense(q, k, v, {"causal": True})
-    same_bits(run_dense(q, k, v, {"causal": True}), first)
-    again = run_dense(q[order], k[order], v[order], {"causal": True})
-    same_bits(again, [x[order] for x in first])
+    for options in ({"causal": True}, {"causal": True, "softcap": 3.0}):
+        first = run_dense(q, k, v, options)
+        same_bits(run_dense(q, k, v, options), first)
+        again = run_dense(q[order], k[order], v[order], options)
+        same_bits(again, [x[order] for x in first])
     lengths = jnp.array([217, 3, 100, 0, 64], jnp.int32)
     decode = jax.jit(lambda q, k, v, n: jax_fa.decode_attention(q[:, :1], k, v, n, return_lse=True))
     first = decode(q, k, v, lengths)

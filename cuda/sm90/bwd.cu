@@ -277,6 +277,10 @@ struct KeyConsumer {
       const Ring<Storage::kKeyBuffers> k_ring{works.count};
       ptx::barrier_wait(shared.k_full[k_ring.at()], k_ring.parity());
       for_each_step<Traits>(work(), [&](int head, int row0) { step(head, row0); });
+      // Values are waited for also where all steps were skipped: else they could be given back for
+      // this work and the next before the other warpgroup has done so for this one.
+      ptx::barrier_wait(shared.v_full, works.count & 1);
+      __syncwarp();  // of all lanes' waits
       release(shared.k_empty[k_ring.at()]);
       release(shared.v_empty);
       store();

@@ -179,7 +179,11 @@ struct Consumer {
   }
 
   __device__ void apply_score() {
-    if constexpr (Traits::kGeneral) score().apply([&](auto f) { for_each_score(f); });
+    if constexpr (Traits::kGeneral) {
+      const int row1 = tile().q.row0 + consumer * 64 + row - lane / 4 + 16;  // of this warp's
+      const bool own = row1 <= tile().q.len_q && (n + 1) * kBlockN <= tile().mask.len_kv;
+      score().apply([&](auto f) { for_each_score(f); }, own);
+    }
   }
 
   // Scores of tile n to probabilities, and o to the row's maximum so far.
@@ -321,6 +325,7 @@ struct Consumer {
   // The epilogue, of queries that see no key as well.
   __device__ void close_tile() {
     store();
+    __syncwarp();  // all lanes have read the tile
     release(shared.tile_empty[tile_ring.at()]);
     tile_ring.advance();
     if constexpr (Storage::kStagesOutput) q_ring.advance();
@@ -443,7 +448,9 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
                           p.q_token_stride, 1, 0, kPanel, Traits::kBlockM);
   if (error != cudaSuccess) return error;
   const auto keys = [&](CUtensorMap& map, const KvTensor& x, int dim) {
-    const int64_t rows = p.kv.layer ? INT32_MAX : x.rows;  // those of other layers follow
+    // Rows that are named may be any: those of other layers or lanes of a vmap follow.
+    const bool named = p.kv.layer || p.kv.rows || p.kv.page_table;
+    const int64_t rows = named ? INT32_MAX : x.rows;
     const int box_dims = Traits::kQuantized ? kHeadDim : kPanel;
     return make_tensor_map(map, x.dtype, x.data, dim, p.heads_kv, x.head_stride, x.tokens,
                            x.token_stride, rows, x.row_stride, box_dims, params.box_tokens);
