@@ -174,7 +174,8 @@ struct UnbiasedScore {
   float slope;  // in units
   int diagonal;
 
-  // All lanes of a warp call it. `own`: all queries and keys are the row's, none lies past a length.
+  // All lanes of a warp call it. `own`: all queries and keys are the row's, none lies past a
+  // length.
   template <class ForEach>
   __device__ void apply(ForEach for_each, bool own) const {
     if (units.capped) {
@@ -190,8 +191,8 @@ struct UnbiasedScore {
   __device__ float to_log2() const { return units.unit * kLog2e; }
 
  private:
-  // By the polynomial, unless the sum of a few squares is past its range; nor where what lies past a
-  // length would have a say in that, and so in the last bits of the row.
+  // By the polynomial, unless the sum of a few squares is past its range; nor where what lies past
+  // a length would have a say in that, and so in the last bits of the row.
   template <class ForEach>
   __device__ void cap(ForEach for_each, bool own) const {
     constexpr int kSums = 4;
