@@ -6,6 +6,7 @@ first.
 """
 
 import dataclasses
+import itertools
 
 import cases
 import jax
@@ -17,6 +18,8 @@ import jax_fa
 
 ATOL = {"float16": 5e-4, "bfloat16": 4e-3, "float32": 2e-4}
 DTYPES = ["bfloat16", "float16", "float32"]
+FEATURES = [name for name in cases.FEATURES if name != "dropout"]
+PAIRS = [*((name,) for name in FEATURES), *itertools.combinations(FEATURES, 2)]
 # Of packed rows.
 LENGTHS_Q, LENGTHS_K = [0, 70, 1, 0, 129, 5], [3, 70, 200, 0, 131, 0]
 

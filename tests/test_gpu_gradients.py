@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from gpu import same_bits
+from gpu import DTYPES, FEATURES, PAIRS, same_bits
 
 import jax_fa
 
 pytestmark = pytest.mark.gpu
 
 ATOL = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 2e-3}
-DTYPES = ["bfloat16", "float16", "float32"]
 HEAD_DIMS = [40, 64, 72, 96, 128, 160, 256]
 NAMES = ("dq", "dk", "dv", "dbias", "dsinks")
 
@@ -183,10 +182,6 @@ def check_dense(shape, dtype, options, rng, **fixed):
 def test_head_dims(head_dim, dtype, deterministic, rng):
     shape = cases.Shape(1, 149, 217, 4, 2, head_dim)
     check_dense(shape, dtype, {"causal": True}, rng, deterministic=deterministic)
-
-
-FEATURES = [name for name in cases.FEATURES if name != "dropout"]
-PAIRS = [*((name,) for name in FEATURES), *itertools.combinations(FEATURES, 2)]
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)

@@ -1,13 +1,11 @@
 """Dense and packed prefill by the kernels against the float64 oracle (`pytest -m gpu`)."""
 
-import itertools
-
 import cases
 import jax
 import jax.numpy as jnp
 import pytest
 import reference
-from gpu import DTYPES, LENGTHS_K, LENGTHS_Q, check, check_dense, run_dense, same_bits
+from gpu import DTYPES, LENGTHS_K, LENGTHS_Q, PAIRS, check, check_dense, run_dense, same_bits
 
 import jax_fa
 
@@ -21,12 +19,6 @@ HEAD_DIMS = [40, 64, 72, 80, 96, 128, 160, 192, 256]
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(head_dim, dtype, causal, rng):
     check_dense(cases.Shape(1, 113, 217, 4, 2, head_dim), dtype, {"causal": causal}, rng)
-
-
-FEATURES = [name for name in cases.FEATURES if name != "dropout"]
-
-
-PAIRS = [*((name,) for name in FEATURES), *itertools.combinations(FEATURES, 2)]
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)

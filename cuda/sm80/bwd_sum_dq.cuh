@@ -7,6 +7,7 @@
 
 #include "bwd_products.cuh"
 #include "bwd_scores.cuh"
+#include "bwd_walk.cuh"
 
 namespace jax_fa {
 
@@ -91,12 +92,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const AttentionParams& fwd = params.fwd;
   const QueryTile tile = locate_tile<kBlockN>(fwd);
   if (tile.rows <= 0) return;
-  const bool packed = fwd.q_start != nullptr, some = tile.row0 < tile.len_q;
-  const int64_t slots = bwd_sum_slots(packed, fwd.batch, fwd.len_q, fwd.total_q, kBlockN);
-  const int64_t first =
-      packed ? (tile.token0 - tile.row0) / kBlockN + tile.b : tile.b * (slots / fwd.batch);
-  const float* gSums =
-      params.dq_sum + (tile.head * slots + first + tile.row0 / kBlockN) * Sums::kTileFloats;
+  const bool some = tile.row0 < tile.len_q;
+  const float* gSums = params.dq_sum + tile_of_sums(fwd, tile, kBlockN) * Sums::kTileFloats;
   auto* gDq = static_cast<Element*>(params.dq) + tile.token0 * params.dq_token_stride +
               tile.head * fwd.q_head_stride;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

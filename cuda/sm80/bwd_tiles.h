@@ -97,11 +97,16 @@ inline bool bwd_general(const AttentionParams& p) {
   return p.scale <= 0 || p.softcap != 0 || p.alibi_slopes || p.bias;
 }
 
-// Tiles of n queries in which dq is summed, for one head: those of batch row b begin at
-// bwd_sum_slot(b). Packed rows start where they like and round up to tiles of their own.
+// Tiles of n queries in which dq is summed, for one head: those of batch row b, whose first query
+// is token0 of the array, begin at bwd_sum_slot(). Packed rows start where they like and round up
+// to tiles of their own.
 __host__ __device__ inline int64_t bwd_sum_slots(bool packed, int batch, int len_q, int total_q,
                                                  int n) {
   return packed ? total_q / n + batch + 1 : int64_t(batch) * ((len_q + n - 1) / n);
+}
+__host__ __device__ inline int64_t bwd_sum_slot(bool packed, int b, int64_t token0, int batch,
+                                                int64_t slots, int n) {
+  return packed ? token0 / n + b : b * (slots / batch);
 }
 
 // Floats of scratch for dq; the widest tile of queries needs the most. One more counts the tiles of

@@ -50,6 +50,14 @@ __device__ KeyTile locate_keys(const BackwardParams& p) {
   return locate_keys<kBlockM>(p, pair, blockIdx.x - pair * tiles);
 }
 
+// Which of all tiles of n queries in which dq is summed a tile of as many is.
+__device__ inline int64_t tile_of_sums(const AttentionParams& fwd, const QueryTile& tile, int n) {
+  const bool packed = fwd.q_start != nullptr;
+  const int64_t slots = bwd_sum_slots(packed, fwd.batch, fwd.len_q, fwd.total_q, n);
+  const int64_t first = bwd_sum_slot(packed, tile.b, tile.token0 - tile.row0, fwd.batch, slots, n);
+  return tile.head * slots + first + tile.row0 / n;
+}
+
 // A tile of queries from row0 on, of one head, and the buffer in which it lies.
 struct QueryStep {
   int head, row0, stage;
@@ -80,7 +88,7 @@ struct BlockPlan {
     token0 = packed ? int64_t(fwd.q_start[b]) : int64_t(b) * fwd.len_q;
     stats0 = b * fwd.lse_row_stride + (packed ? token0 : 0);
     slots = bwd_sum_slots(packed, fwd.batch, fwd.len_q, fwd.total_q, kBlockN);
-    slot0 = packed ? token0 / kBlockN + b : b * (slots / fwd.batch);
+    slot0 = bwd_sum_slot(packed, b, token0, fwd.batch, slots, kBlockN);
     const Interval seeing = mask.rows_seeing(keys.row0, keys.row0 + Traits::kBlockM, len_q);
     head0 = keys.head * group;
     head1 = seeing.lo < seeing.hi ? head0 + group : head0;

@@ -317,7 +317,7 @@ struct SumConsumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Traits::kBlockM / 16; ++i) {
-      Wgmma<Traits::kDType, kSumDims>::tt(dq, a + i * 128, b + i * kPanel * 2, i > 0);
+      Wgmma<Traits::kDType, kSumDims>::template ss<1>(dq, a + i * 128, b + i * kPanel * 2, i > 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();

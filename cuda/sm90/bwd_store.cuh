@@ -52,12 +52,9 @@ __global__ void __launch_bounds__(128)
   const AttentionParams& fwd = p.fwd;
   const QueryTile tile = locate_tile<kBwdSumQueries>(fwd);
   if (tile.rows <= 0) return;
-  const bool packed = fwd.q_start != nullptr, some = tile.row0 < tile.len_q;
-  const int64_t slots = bwd_sum_slots(packed, fwd.batch, fwd.len_q, fwd.total_q, kBwdSumQueries);
-  const int64_t first =
-      packed ? (tile.token0 - tile.row0) / kBwdSumQueries + tile.b : tile.b * (slots / fwd.batch);
-  const float* gSums = p.dq_sum + (tile.head * slots + first + tile.row0 / kBwdSumQueries) *
-                                      DqSums<Traits>::kTileFloats;
+  const bool some = tile.row0 < tile.len_q;
+  const float* gSums =
+      p.dq_sum + tile_of_sums(fwd, tile, kBwdSumQueries) * DqSums<Traits>::kTileFloats;
   float x[Traits::kHeadDim / 2] = {};
   if (some) {
 #pragma unroll

@@ -1,8 +1,7 @@
 // 8-bit keys and values on Hopper. Bulk copies bring tiles of bytes to places of their own, two
 // warps of the producers the scales of their rows, and dequantizers turn each tile once into what
-// products read, so that consumers do not know of it. Elements get their scales
-// here: a product with its scale is rounded once, as the elements of a cache of the queries' type
-// are.
+// products read, so that consumers do not know of it. Elements get their scales here: a product
+// with its scale is rounded once, as the elements of a cache of the queries' type are.
 //
 // Bytes lie row by row. At a time a quad of lanes takes the four chunks of 16 elements of a row
 // that go to one panel (two lanes where panels are 32 wide), and its neighbours the next rows, for

@@ -36,10 +36,9 @@ __device__ __forceinline__ void pin(T (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) pin(x[i]);
 }
 
-// ss: d = a b, or d += a b, with a from shared memory; tt: the same of a^T b^T; rs: d += a b^T with
-// a from registers.
-// d[4 * i + e] is element e (as in ptx::mma_f16) of columns 8 * i onwards; a as in ptx::mma_f16, of
-// 16 rows for each warp.
+// ss: d = a b, or d += a b, with a from shared memory (kTransposed: of a^T b^T); rs: d += a b^T
+// with a from registers. d[4 * i + e] is element e (as in ptx::mma_f16) of columns 8 * i onwards; a
+// as in ptx::mma_f16, of 16 rows for each warp.
 template <DType kDType, int kN>
 struct Wgmma;
 
@@ -54,21 +53,14 @@ struct Wgmma;
 #define JAX_FA_WGMMA_OF(kDType, type, n, list, outputs, i0, i1, i2, i3, i4)                        \
   template <>                                                                                      \
   struct Wgmma<kDType, n> {                                                                        \
+    template <int kTransposed = 0>                                                                 \
     __device__ __forceinline__ static void ss(float (&d)[n / 2], uint64_t a, uint64_t b,           \
                                               int accumulate) {                                    \
       asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #i2                      \
                    ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list \
-                   "}, %" #i0 ", %" #i1 ", accumulate, 1, 1, 0, 0;\n}\n"                           \
+                   "}, %" #i0 ", %" #i1 ", accumulate, 1, 1, %" #i3 ", %" #i3 ";\n}\n"             \
                    : outputs                                                                       \
-                   : "l"(a), "l"(b), "r"(accumulate));                                             \
-    }                                                                                              \
-    __device__ __forceinline__ static void tt(float (&d)[n / 2], uint64_t a, uint64_t b,           \
-                                              int accumulate) {                                    \
-      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #i2                      \
-                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list \
-                   "}, %" #i0 ", %" #i1 ", accumulate, 1, 1, 1, 1;\n}\n"                           \
-                   : outputs                                                                       \
-                   : "l"(a), "l"(b), "r"(accumulate));                                             \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposed));                           \
     }                                                                                              \
     __device__ __forceinline__ static void rs(float (&d)[n / 2], const uint32_t* a, uint64_t b) {  \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list       \
