@@ -188,9 +188,14 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
 int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int element_bytes,
                     bool deterministic) {
   const DType dtype = element_bytes == 4 ? DType::kF32 : DType::kBF16;
-  if (deterministic) return 0;
+  const int tile_dim = tile_dim_of(head_dim);
   const bool packed = total_q > 0;
-  return bwd_dq_sum_size(packed, batch, len_q, total_q, heads_q, tile_dim_of(head_dim), dtype);
+  int64_t turns = 0;
+  if (deterministic) {
+    if (!hopper_allowed() || !bwd_sm90_has_tile(tile_dim, dtype)) return 0;
+    turns = bwd_sm90_turns(packed, batch, len_q, total_q, heads_q);
+  }
+  return bwd_dq_sum_size(packed, batch, len_q, total_q, heads_q, tile_dim, dtype) + turns;
 }
 
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
@@ -204,7 +209,8 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   const bool general = bwd_general(p.fwd);
   const int stages = bwd_shared_stages(tile_dim, general, shared_bytes);
   const bool hopper = runs_hopper_backward(p, tile_dim, current_capability());
-  if (!hopper && !sums_dq(tile_dim, p.fwd.dtype, general, shared_bytes)) p.dq_sum = nullptr;
+  const bool sums = !p.deterministic && sums_dq(tile_dim, p.fwd.dtype, general, shared_bytes);
+  if (!hopper && !sums) p.dq_sum = nullptr;
   switch (p.fwd.dtype) {
     case DType::kBF16:
       return run_backward_of<DType::kBF16>(p, stages, stream);
@@ -235,7 +241,7 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
   p.deterministic = deterministic;
   if (runs_hopper_backward(p, tile_dim, options.capability)) {
     const BwdHopperTile tile = bwd_sm90_tile(tile_dim, options.general);
-    const int64_t tiles = bwd_sm90_order(p, tile.m, options.masked).total;
+    const int64_t tiles = bwd_sm90_order(p, tile.m, options.masked || deterministic).total;
     return {"sm90/bwd", tile.n, tile.m, tile_dim, tile.warps, 1, std::min(options.sms, tiles)};
   }
   const bool general = options.general || options.bias;

@@ -233,26 +233,31 @@ def test_groups(group, rng):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (200, 30)}], ids=str)
 @pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float16", 96), ("bfloat16", 128)])
-def test_more_tiles_of_keys_than_multiprocessors(dtype, head_dim, options, rng):
-    check_dense(cases.Shape(4, 300, 700, 12, 6, head_dim), dtype, options, rng)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_more_tiles_of_keys_than_multiprocessors(deterministic, dtype, head_dim, options, rng):
+    shape = cases.Shape(4, 300, 700, 12, 6, head_dim)
+    check_dense(shape, dtype, options, rng, deterministic=deterministic)
 
 
-def test_lengths_that_leave_whole_tiles_of_keys_to_nobody(rng):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_lengths_that_leave_whole_tiles_of_keys_to_nobody(deterministic, rng):
     options = {
         "q_lengths": jnp.array([300, 0, 129, 64], jnp.int32),
         "kv_lengths": jnp.array([400, 77, 0, 128], jnp.int32),
         "causal": True,
     }
-    check_dense(cases.Shape(4, 300, 400, 4, 2, 128), "bfloat16", options, rng)
+    shape = cases.Shape(4, 300, 400, 4, 2, 128)
+    check_dense(shape, "bfloat16", options, rng, deterministic=deterministic)
 
 
 @pytest.mark.parametrize(
     "shape", [cases.Shape(4, 300, 640, 8, 8, 128), cases.Shape(80, 64, 128, 8, 8, 64)], ids=str
 )
-def test_blocks_that_take_keys_of_nobody_after_others(shape, rng):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_blocks_that_take_keys_of_nobody_after_others(deterministic, shape, rng):
     """More tiles than multiprocessors, with keys that half of a block or all of it skips."""
     lengths = jnp.full(shape.batch, 60, jnp.int32)
-    check_dense(shape, "bfloat16", {"kv_lengths": lengths}, rng)
+    check_dense(shape, "bfloat16", {"kv_lengths": lengths}, rng, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float32", 128)])
@@ -394,12 +399,16 @@ def test_varlen(dtype, head_dim, names, deterministic, rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_deterministic_reruns_have_the_same_bits(head_dim, dtype, rng):
-    shape = cases.Shape(3, 439, 517, 8, 2, head_dim)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (250, 40)}], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_deterministic_reruns_have_the_same_bits(with_bias, mask, head_dim, dtype, rng):
+    shape = cases.Shape(5, 439, 1517, 8, 4, head_dim)  # more tiles of keys than multiprocessors
     q, k, v = cases.qkv(rng, shape, jnp.dtype(dtype))
     do, dlse = cotangents(rng, q, jnp.dtype(dtype))
-    options = {"causal": True, "sinks": cases.normal(rng, 8), "bias": cases.normal(rng, 1, 1, 1, 1)}
+    options = {"sinks": cases.normal(rng, 8), **mask}
+    if with_bias:
+        options["bias"] = cases.normal(rng, 1, 1, 1, 1)
     first = run_dense(q, k, v, do, dlse, options, deterministic=True)
     for _ in range(3):
         same_bits(run_dense(q, k, v, do, dlse, options, deterministic=True), first)

@@ -285,7 +285,8 @@ def test_explain_of_a_gradient_names_its_kernels():
         assert kernels(jnp.float16, "h200", head_dim, softcap=5.0) == ["sm90/fwd", "sm90/bwd"]
     assert kernels(jnp.float32, "h200") == ["sm80/fwd", both]
     assert kernels(jnp.bfloat16, "h200", 256) == ["sm90/fwd", "sm80/bwd_shared"]
-    assert kernels(jnp.bfloat16, "h200", deterministic=True) == ["sm90/fwd", both]
+    assert kernels(jnp.bfloat16, "h200", deterministic=True) == ["sm90/fwd", "sm90/bwd"]
+    assert kernels(jnp.bfloat16, "h200", 256, deterministic=True) == ["sm90/fwd", both]
     bias = jnp.zeros((1, 1, 64, 64))
     assert kernels(jnp.bfloat16, "h200", bias=bias) == ["sm80/fwd", "sm80/bwd_keys"]
 

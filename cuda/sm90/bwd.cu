@@ -14,17 +14,22 @@
 //     ds = p * (dp - delta)
 //     hand over ds;  dk += ds Q
 //
-// and the fourth takes ds of all 128 keys from shared memory, makes ds^T K of it and adds that in
-// bulk to the sums of dq, float32 in global memory, which a kernel of its own turns into dq. So
-// nobody waits for these sums, and the two warpgroups of keys never wait for one another while they
-// are less than two tiles of ds apart: one multiplies while the other takes exponentials.
+// and the fourth takes ds of all 128 keys from shared memory and makes ds^T K of it, terms of dq,
+// which warp 3 adds in bulk to their sums, float32 in global memory; a kernel of its own turns
+// these into dq. So nobody waits for these sums, and the two warpgroups of keys never wait for one
+// another while they are less than two tiles of ds apart: one multiplies while the other takes
+// exponentials.
+//
+// Deterministic sums have one order, that of keys. Blocks take the tiles of keys of a section in
+// this order and walk queries from the last to the first, so that a block starts a step behind the
+// one before it and then meets sums that are ready (bwd_producer.cuh).
 //
 // Rows are keys and columns are queries throughout: p and ds leave the softmax as the left operands
 // that dv and dk need. p stays in 16 bits, also on the way to ds. What limits the tile is
 // registers: dk, dv, one of s and dp, p and ds are 192 of 208 at head_dim 64 and 128.
 //
-// Barriers come in pairs, `full` and `empty`, for keys, values, each buffer of queries, of ds and
-// of descriptions of work.
+// Barriers come in pairs, `full` and `empty`, for keys, values, each buffer of queries, of ds, of
+// terms of dq and of descriptions of work.
 #include "../softmax.cuh"
 #include "bwd_block.cuh"
 #include "bwd_producer.cuh"
@@ -290,24 +295,23 @@ struct KeyConsumer {
   }
 };
 
-// The warpgroup that adds ds^T K to the sums of dq.
+// The warpgroup that makes the terms of dq, ds^T K of 128 keys.
 template <class Traits>
-struct SumConsumer {
-  static constexpr int kSumDims = Traits::kSumDims;
+struct TermConsumer {
+  static constexpr int kTermDims = Traits::kTermDims;
   using Storage = HopperBwdStorage<Traits>;
 
   const HopperBwdParams& params;
   Storage& shared;
   int lane = threadIdx.x % 32;
-  bool leader = threadIdx.x % 128 == 0;
-  Ring<Storage::kSumBuffers> ring = {};
-  int buffer = 0;
-  float dq[kSumDims / 2];
+  Ring<Storage::kGradients> ring = {};
+  Ring<Storage::kTerms> terms = {};
+  float dq[kTermDims / 2];
 
-  __device__ SumConsumer(const HopperBwdParams& params, Storage& shared)
+  __device__ TermConsumer(const HopperBwdParams& params, Storage& shared)
       : params(params), shared(shared) {}
 
-  // 64 queries by kSumDims dims from `dim` on.
+  // 64 queries by kTermDims dims from `dim` on.
   template <class Ds, class Keys>
   __device__ void multiply(Ds& ds, Keys& k, int dim) {
     constexpr int kPanel = Traits::kPanel;
@@ -317,7 +321,7 @@ struct SumConsumer {
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Traits::kBlockM / 16; ++i) {
-      Wgmma<Traits::kDType, kSumDims>::template ss<1>(dq, a + i * 128, b + i * kPanel * 2, i > 0);
+      Wgmma<Traits::kDType, kTermDims>::template ss<1>(dq, a + i * 128, b + i * kPanel * 2, i > 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
@@ -327,41 +331,28 @@ struct SumConsumer {
   // By way of shared memory. Additions from registers hold everything up: with them the kernel runs
   // at 588 and 603 TFLOP/s at T = 2k and 4k, without any at 783 and 806 (H200, bf16, head_dim 128,
   // B * T = 16384, N * H = 2048, no mask).
-  __device__ void add(float* gSums) {
-    constexpr int kBarrier = 1, kBytes = sizeof(shared.dq[0]);
-    if (leader) ptx::bulk_wait_read<1>();
-    ptx::named_barrier_sync(kBarrier, 128);  // the last but one addition has left its place
-    const uint32_t sDq = ptx::shared_address(shared.dq[buffer]);
-    const uint32_t sPlace = sDq + threadIdx.x % 128 * 16;
+  __device__ void hand_over() {
+    const int at = terms.at();
+    ptx::barrier_wait(shared.terms_empty[at], terms.parity() ^ 1);
+    const uint32_t sPlace = ptx::shared_address(shared.terms[at]) + threadIdx.x % 128 * 16;
 #pragma unroll
-    for (int d = 0; d < kSumDims / 8; ++d) {
+    for (int d = 0; d < kTermDims / 8; ++d) {
       ptx::store_shared_v4(sPlace + d * 2048,
                            {__float_as_uint(dq[4 * d]), __float_as_uint(dq[4 * d + 1]),
                             __float_as_uint(dq[4 * d + 2]), __float_as_uint(dq[4 * d + 3])});
     }
     ptx::fence_async_proxy();
-    ptx::named_barrier_sync(kBarrier, 128);  // all of it is written
-    if (leader) {
-      ptx::bulk_add(gSums, sDq, kBytes);
-      ptx::bulk_commit();
-    }
-    buffer ^= 1;
+    __syncwarp();  // all lanes' stores come before the arrival
+    if (lane == 0) ptx::barrier_arrive(shared.terms_full[at]);
+    terms.advance();
   }
 
-  __device__ void step(const KeyWork& work, int head, int row0, int keys) {
+  __device__ void step(const KeyWork& work, int row0, int keys) {
     ptx::barrier_wait(shared.ds_full[ring.at()], ring.parity());
-    const int64_t slot = int64_t(head) * params.slots + work.slot0 + row0 / kBwdSumQueries;
-    float* gSums = params.backward.dq_sum + slot * DqSums<Traits>::kTileFloats;
-#pragma unroll 1
-    for (int m = 0; m < Traits::kBlockN / kBwdSumQueries; ++m) {
-      if (row0 + m * kBwdSumQueries >= work.end) break;  // another row's sums may follow
-#pragma unroll 1
-      for (int dim = 0; dim < Traits::kHeadDim; dim += kSumDims) {
-        multiply(shared.ds[ring.at()][m], shared.k[keys], dim);
-        add(gSums + DqSums<Traits>::place(dim / 8));
-      }
-      gSums += DqSums<Traits>::kTileFloats;
-    }
+    for_each_term<Traits>(work, row0, [&](int m, int dim) {
+      multiply(shared.ds[ring.at()][m], shared.k[keys], dim);
+      hand_over();
+    });
     if (lane == 0) ptx::barrier_arrive(shared.ds_empty[ring.at()]);
     ring.advance();
   }
@@ -370,15 +361,14 @@ struct SumConsumer {
     for (Ring<Storage::kWorks> works;; works.advance()) {
       ptx::barrier_wait(shared.work_full[works.at()], works.parity());
       const KeyWork& work = shared.work(works.at());
-      if (uniform(work.keys.rows) == 0) break;
+      if (uniform(work.keys.rows) == 0) return;
       const Ring<Storage::kKeyBuffers> k_ring{works.count};
       ptx::barrier_wait(shared.k_full[k_ring.at()], k_ring.parity());
-      for_each_step<Traits>(work, [&](int head, int row0) { step(work, head, row0, k_ring.at()); });
+      for_each_step<Traits>(work, [&](int, int row0) { step(work, row0, k_ring.at()); });
       if (lane == 0) ptx::barrier_arrive(shared.k_empty[k_ring.at()]);
       __syncwarp();  // all lanes have read the work
       if (lane == 0) ptx::barrier_arrive(shared.work_empty[works.at()]);
     }
-    if (leader) ptx::bulk_wait();  // before the block's shared memory goes
   }
 };
 
@@ -399,10 +389,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         return KeyLoader<Traits>{params, shared}.run();
       case 2:
         return RowClearer<Traits>{shared}.run();
+      case 3:
+        return TermAdder<Traits>{params, shared}.run();
     }
   } else if (threadIdx.x < 256) {
-    ptx::lower_registers<Traits::kSumRegisters>();
-    SumConsumer<Traits>(params, shared).run();
+    ptx::lower_registers<Traits::kTermRegisters>();
+    TermConsumer<Traits>(params, shared).run();
   } else {
     ptx::raise_registers<Traits::kKeyRegisters>();
     KeyConsumer<Traits>(params, shared).run();
@@ -455,7 +447,7 @@ cudaError_t launch_keys(HopperBwdParams& params, int* next_tile, cudaStream_t st
   return cudaGetLastError();
 }
 
-// Sums of dq start from 0, as does the counter of tiles behind them; what they come to is dq.
+// Sums of dq start from 0, as do the counters behind them; what they come to is dq.
 template <class Traits>
 cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
   const AttentionParams& fwd = p.fwd;
@@ -463,12 +455,16 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
   const bool masked = fwd.window_left >= 0 || fwd.window_right >= 0 || packed;
   HopperBwdParams params{};
   params.backward = p;
-  params.order = bwd_sm90_order(p, Traits::kBlockM, masked);
+  params.order = bwd_sm90_order(p, Traits::kBlockM, masked || p.deterministic);
   params.slots = int(bwd_sum_slots(packed, fwd.batch, fwd.len_q, fwd.total_q, kBwdSumQueries));
   const int64_t sums = int64_t(params.slots) * fwd.heads_q * DqSums<Traits>::kTileFloats;
-  cudaError_t error = cudaMemsetAsync(p.dq_sum, 0, (sums + 1) * sizeof(float), stream);
+  int* const next_tile = reinterpret_cast<int*>(p.dq_sum + sums);
+  const int64_t turns =
+      p.deterministic ? bwd_sm90_turns(packed, fwd.batch, fwd.len_q, fwd.total_q, fwd.heads_q) : 0;
+  if (p.deterministic) params.turns = next_tile + 1;
+  cudaError_t error = cudaMemsetAsync(p.dq_sum, 0, (sums + 1 + turns) * sizeof(float), stream);
   if (error != cudaSuccess) return error;
-  error = launch_keys<Traits>(params, reinterpret_cast<int*>(p.dq_sum + sums), stream);
+  error = launch_keys<Traits>(params, next_tile, stream);
   if (error != cudaSuccess) return error;
   const FwdGrid grid = fwd_sm80_grid(fwd, FwdTile{kBwdSumQueries, 0, 4, 1});
   const dim3 tiles(grid.section, grid.tiles, grid.sections);

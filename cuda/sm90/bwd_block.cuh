@@ -28,13 +28,13 @@ struct HopperBwdTraits {
   static constexpr int kPanels = kHeadDim / kPanel;
 
   // Dims of a product for dq: 64 keep its sums in the registers that its warpgroup has.
-  static constexpr int kSumDims = kHeadDim % 64 == 0 ? 64 : 96;
-  static_assert(kHeadDim % kSumDims == 0);
+  static constexpr int kTermDims = kHeadDim % 64 == 0 ? 64 : 96;
+  static_assert(kHeadDim % kTermDims == 0);
 
   // All that an SM has, 64 K.
   static constexpr int kProducerRegisters = 32;
-  static constexpr int kSumRegisters = kSumDims == 64 ? 64 : 80;
-  static constexpr int kKeyRegisters = kSumDims == 64 ? 208 : 200;
+  static constexpr int kTermRegisters = kTermDims == 64 ? 64 : 80;
+  static constexpr int kKeyRegisters = kTermDims == 64 ? 208 : 200;
 };
 
 // Keys of one key head, and the queries that see some of them: of each head of the group those from
@@ -45,6 +45,8 @@ struct KeyWork {
   int b = 0, len_q = 0;
   int head0 = 0, head1 = 0;  // none if no query sees a key
   int begin = 0, end = 0, first = 0;
+  int stride = 0;                       // from a tile to the next, kBlockN or -kBlockN
+  int shared_end = 0;                   // those before it see some of the keys before these too
   int token0 = 0;                       // of the row's first query in q
   int slot0 = 0;                        // the row's first tile of sums of dq
   int64_t stats0 = 0;                   // as token0, in params.rows for head 0
@@ -59,15 +61,16 @@ struct HopperBwdStorage {
   template <int kRows>
   using Tile = Element[Traits::kPanels][kRows][Traits::kPanel];
   static constexpr int kWorks = 4;  // more than loads, products and epilogue can be apart
-  static constexpr int kSumBuffers = Traits::kStages;
+  static constexpr int kGradients = Traits::kStages;
+  static constexpr int kTerms = 2;
   static constexpr int kKeyBuffers = 2;  // the next ones load while these are in use
   // Of work that is taken in no fixed turn: others could run what a block takes early.
   static constexpr int kWorksTaken = 2;
 
   alignas(1024) Tile<Traits::kBlockM> k[kKeyBuffers], v;
   alignas(1024) Tile<Traits::kBlockN> q[Traits::kStages], dout[Traits::kStages];
-  alignas(1024) Element ds[kSumBuffers][Traits::kBlockN / 64][Traits::kBlockM][64];  // transposed
-  alignas(128) float dq[2][64 * Traits::kSumDims];            // on its way to its sums
+  alignas(1024) Element ds[kGradients][Traits::kBlockN / 64][Traits::kBlockM][64];  // transposed
+  alignas(128) float terms[kTerms][64 * Traits::kTermDims];   // of dq, on their way to its sums
   alignas(16) float2 rows[Traits::kStages][Traits::kBlockN];  // {lse_log2, delta} of the queries
   alignas(16) char works[kWorks][sizeof(KeyWork)];
   ptx::Barrier work_full[kWorks], work_empty[kWorks];
@@ -75,14 +78,15 @@ struct HopperBwdStorage {
   ptx::Barrier v_full, v_empty, v_uncleared;
   ptx::Barrier queries_full[Traits::kStages], queries_empty[Traits::kStages];
   ptx::Barrier queries_uncleared[Traits::kStages];
-  ptx::Barrier ds_full[kSumBuffers], ds_empty[kSumBuffers];
+  ptx::Barrier ds_full[kGradients], ds_empty[kGradients];
+  ptx::Barrier terms_full[kTerms], terms_empty[kTerms];
 
   __device__ KeyWork& work(int i) { return reinterpret_cast<KeyWork&>(works[i]); }
 
   __device__ void init_barriers() {
     for (int i = 0; i < kWorks; ++i) {
       ptx::barrier_init(work_full[i], 1);
-      ptx::barrier_init(work_empty[i], Traits::kKeyWarps + 4 + 2);  // and dq's, warps 1 and 2
+      ptx::barrier_init(work_empty[i], Traits::kKeyWarps + 4 + 3);  // and dq's, warps 1 to 3
     }
     for (int i = 0; i < kKeyBuffers; ++i) {
       ptx::barrier_init(k_full[i], 1);
@@ -97,9 +101,13 @@ struct HopperBwdStorage {
       ptx::barrier_init(queries_uncleared[i], 1);
       ptx::barrier_init(queries_empty[i], Traits::kKeyWarps);
     }
-    for (int i = 0; i < kSumBuffers; ++i) {
+    for (int i = 0; i < kGradients; ++i) {
       ptx::barrier_init(ds_full[i], Traits::kKeyWarps);
       ptx::barrier_init(ds_empty[i], 4);
+    }
+    for (int i = 0; i < kTerms; ++i) {
+      ptx::barrier_init(terms_full[i], 4);
+      ptx::barrier_init(terms_empty[i], 1);
     }
     ptx::fence_barrier_init();
   }
@@ -111,6 +119,17 @@ struct HopperBwdParams {
   HopperOrder order;
   int slots;       // tiles of sums of dq of one head
   int* next_tile;  // tiles beyond the first of each block that have been taken; null: in fixed turn
+  int* turns;  // which tile of a row's keys adds next to a tile of sums; null: they do in any order
+};
+
+// The sums of dq of 64 queries lie as the accumulators of a warpgroup do, kTermDims dims after the
+// other: four floats of each thread of a warpgroup for each 8 dims.
+template <class Traits>
+struct DqSums {
+  static constexpr int kTileFloats = kBwdSumQueries * Traits::kHeadDim;
+
+  // Of 8 dims, of the first thread.
+  __device__ static int place(int dim8) { return dim8 * 512; }
 };
 
 // Rows past a length may hold anything, and 0 times it must be 0 in products that sum over them.
@@ -138,9 +157,22 @@ __device__ __forceinline__ void for_each_step(const KeyWork& work, Step step) {
 #pragma unroll 1
     do {
       step(head, row0);
-      row0 += Traits::kBlockN;
+      row0 += work.stride;
       if (row0 >= work.end) row0 = work.begin;
+      if (row0 < work.begin) row0 = work.first;  // backwards, from the last tile on
     } while (row0 != work.first);
+  }
+}
+
+// Calls f(m, dim) for each product that makes terms of dq of a tile of queries: of 64 of them, the
+// m-th, and kTermDims dims from `dim` on.
+template <class Traits, class F>
+__device__ __forceinline__ void for_each_term(const KeyWork& work, int row0, F f) {
+#pragma unroll 1
+  for (int m = 0; m < Traits::kBlockN / kBwdSumQueries; ++m) {
+    if (row0 + m * kBwdSumQueries >= work.end) return;  // another row's sums may follow
+#pragma unroll 1
+    for (int dim = 0; dim < Traits::kHeadDim; dim += Traits::kTermDims) f(m, dim);
   }
 }
 

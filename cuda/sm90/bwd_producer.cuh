@@ -50,7 +50,8 @@ struct KeyScheduler {
     ring.advance();
   }
 
-  // Blocks that run together for the same queries start apart, as they add to the same sums.
+  // Blocks that run together for the same queries start apart, as they add to the same sums. If
+  // they have to take turns at that, all walk from the last queries to the first.
   __device__ static int first_step(int key, int queries) {
     return key % queries / Traits::kBlockN * Traits::kBlockN;
   }
@@ -71,7 +72,19 @@ struct KeyScheduler {
     work.begin = seeing.lo / Traits::kBlockN * Traits::kBlockN;
     work.end = seeing.hi;
     work.first = work.begin;
-    if (seeing.lo < seeing.hi) work.first += first_step(keys.row0, seeing.hi - work.begin);
+    work.stride = Traits::kBlockN;
+    work.shared_end = 0;
+    if (params.turns) {
+      const int last = max(seeing.hi - 1 - work.begin, 0) / Traits::kBlockN;
+      work.first += last * Traits::kBlockN;
+      work.stride = -Traits::kBlockN;
+      if (keys.row0 > 0) {
+        const int key0 = keys.row0 - Traits::kBlockM;
+        work.shared_end = mask.rows_seeing(key0, keys.row0, len_q).hi;
+      }
+    } else if (seeing.lo < seeing.hi) {
+      work.first += first_step(keys.row0, seeing.hi - work.begin);
+    }
     const int token0 = p.q_start ? p.q_start[b] : b * p.len_q;
     work.token0 = token0;
     work.stats0 = b * p.lse_row_stride + (p.q_start ? token0 : 0);
@@ -239,6 +252,59 @@ struct RowClearer {
     ptx::fence_async_proxy();
     __syncwarp();  // all lanes' stores come before the arrival
     if (lane == 0) ptx::barrier_arrive(full);
+  }
+};
+
+// Warp 3 of the producers: adds the terms of dq to their sums in global memory, in bulk. With turns
+// the tiles of a row's keys add to a tile of sums from the first to the last, which is the order in
+// which blocks take them: each waits for such as run already or are done, until it is a step behind
+// them.
+template <class Traits>
+struct TermAdder {
+  using Storage = HopperBwdStorage<Traits>;
+
+  const HopperBwdParams& params;
+  Storage& shared;
+  Ring<Storage::kTerms> terms = {};
+
+  __device__ void run() {
+    if (threadIdx.x % 32 > 0) return;
+    for (Ring<Storage::kWorks> works;; works.advance()) {
+      ptx::barrier_wait(shared.work_full[works.at()], works.parity());
+      const KeyWork& work = shared.work(works.at());
+      if (work.keys.rows == 0) break;
+      for_each_step<Traits>(work, [&](int head, int row0) { step(work, head, row0); });
+      ptx::barrier_arrive(shared.work_empty[works.at()]);
+    }
+    ptx::bulk_wait();  // before the block's shared memory goes
+  }
+
+ private:
+  __device__ void step(const KeyWork& work, int head, int row0) {
+    const int64_t slot = int64_t(head) * params.slots + work.slot0 + row0 / kBwdSumQueries;
+    float* const gSums = params.backward.dq_sum + slot * DqSums<Traits>::kTileFloats;
+    bool waits = params.turns && row0 < work.shared_end;
+    for_each_term<Traits>(work, row0, [&](int m, int dim) {
+      const int at = terms.at();
+      ptx::barrier_wait(shared.terms_full[at], terms.parity());
+      if (waits) wait_turn(params.turns + slot, work.keys.row0 / Traits::kBlockM);
+      waits = false;
+      ptx::bulk_add(gSums + m * DqSums<Traits>::kTileFloats + DqSums<Traits>::place(dim / 8),
+                    ptx::shared_address(shared.terms[at]), sizeof(shared.terms[at]));
+      ptx::bulk_commit();
+      ptx::bulk_wait_read();
+      ptx::barrier_arrive(shared.terms_empty[at]);
+      terms.advance();
+    });
+    if (!params.turns) return;
+    ptx::bulk_wait();
+    ptx::store_release(params.turns + slot, work.keys.row0 / Traits::kBlockM + 1);
+  }
+
+  __device__ static void wait_turn(const int* turn, int tile) {
+    while (ptx::load_acquire(turn) != tile) {
+    }
+    ptx::fence_async_proxy_global();
   }
 };
 

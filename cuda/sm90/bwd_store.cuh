@@ -34,16 +34,6 @@ __device__ void store_rows(const float (&x)[Traits::kHeadDim / 2], float scale, 
   }
 }
 
-// The sums of dq of 64 queries lie as the accumulators of a warpgroup do, kSumDims dims after the
-// other: four floats of each thread of a warpgroup for each 8 dims.
-template <class Traits>
-struct DqSums {
-  static constexpr int kTileFloats = kBwdSumQueries * Traits::kHeadDim;
-
-  // Of 8 dims, of the first thread.
-  __device__ static int place(int dim8) { return dim8 * 512; }
-};
-
 // dq from its sums, and 0 for what is no query of any row.
 template <class Traits>
 __global__ void __launch_bounds__(128)
