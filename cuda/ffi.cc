@@ -24,7 +24,7 @@ struct FwdAttrs {
   int32_t window_left, window_right;
   bool top_left;
   float dropout_rate;  // 0: the lowering rule lets nothing else through
-  bool dropout_heads;
+  bool dropout_heads, exact;
   int32_t layout;
 };
 
@@ -34,7 +34,7 @@ struct VarlenAttrs {
   int32_t window_left, window_right;
   bool top_left;
   float dropout_rate;
-  bool dropout_heads;
+  bool dropout_heads, exact;
 };
 
 struct FwdBwdAttrs : FwdAttrs {
@@ -47,12 +47,16 @@ struct VarlenBwdAttrs : VarlenAttrs {
 
 struct DecodeAttrs {
   float scale, softcap;
-  int32_t window_left, window_right, layer_stride;
+  int32_t window_left, window_right;
+  bool exact;
+  int32_t layer_stride;
 };
 
 struct HybridAttrs {
   float scale, softcap;
-  int32_t window_left, window_right, layer_stride, split_size;
+  int32_t window_left, window_right;
+  bool exact;
+  int32_t layer_stride, split_size;
 };
 
 struct AppendAttrs {
@@ -67,33 +71,36 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::FwdAttrs, JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap),
     JAX_FA_MEMBER(int32_t, window_left), JAX_FA_MEMBER(int32_t, window_right),
     JAX_FA_MEMBER(bool, top_left), JAX_FA_MEMBER(float, dropout_rate),
-    JAX_FA_MEMBER(bool, dropout_heads), JAX_FA_MEMBER(int32_t, layout));
+    JAX_FA_MEMBER(bool, dropout_heads), JAX_FA_MEMBER(bool, exact), JAX_FA_MEMBER(int32_t, layout));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::VarlenAttrs, JAX_FA_MEMBER(int32_t, max_len_q), JAX_FA_MEMBER(int32_t, max_len_kv),
     JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap), JAX_FA_MEMBER(int32_t, window_left),
     JAX_FA_MEMBER(int32_t, window_right), JAX_FA_MEMBER(bool, top_left),
-    JAX_FA_MEMBER(float, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads));
+    JAX_FA_MEMBER(float, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads),
+    JAX_FA_MEMBER(bool, exact));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::FwdBwdAttrs, JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap),
     JAX_FA_MEMBER(int32_t, window_left), JAX_FA_MEMBER(int32_t, window_right),
     JAX_FA_MEMBER(bool, top_left), JAX_FA_MEMBER(float, dropout_rate),
-    JAX_FA_MEMBER(bool, dropout_heads), JAX_FA_MEMBER(int32_t, layout),
+    JAX_FA_MEMBER(bool, dropout_heads), JAX_FA_MEMBER(bool, exact), JAX_FA_MEMBER(int32_t, layout),
     JAX_FA_MEMBER(bool, deterministic));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::VarlenBwdAttrs, JAX_FA_MEMBER(int32_t, max_len_q), JAX_FA_MEMBER(int32_t, max_len_kv),
     JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap), JAX_FA_MEMBER(int32_t, window_left),
     JAX_FA_MEMBER(int32_t, window_right), JAX_FA_MEMBER(bool, top_left),
     JAX_FA_MEMBER(float, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads),
-    JAX_FA_MEMBER(bool, deterministic));
+    JAX_FA_MEMBER(bool, exact), JAX_FA_MEMBER(bool, deterministic));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::DecodeAttrs, JAX_FA_MEMBER(float, scale),
                                       JAX_FA_MEMBER(float, softcap),
                                       JAX_FA_MEMBER(int32_t, window_left),
                                       JAX_FA_MEMBER(int32_t, window_right),
+                                      JAX_FA_MEMBER(bool, exact),
                                       JAX_FA_MEMBER(int32_t, layer_stride));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::HybridAttrs, JAX_FA_MEMBER(float, scale),
                                       JAX_FA_MEMBER(float, softcap),
                                       JAX_FA_MEMBER(int32_t, window_left),
                                       JAX_FA_MEMBER(int32_t, window_right),
+                                      JAX_FA_MEMBER(bool, exact),
                                       JAX_FA_MEMBER(int32_t, layer_stride),
                                       JAX_FA_MEMBER(int32_t, split_size));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::AppendAttrs, JAX_FA_MEMBER(int32_t, layer_stride),
@@ -221,6 +228,7 @@ AttentionParams attention(const In& q, const In& v, const In& o, const In& lse, 
   p.softcap = attrs.softcap;
   p.window_left = attrs.window_left;
   p.window_right = attrs.window_right;
+  p.exact = attrs.exact;
   p.dtype = dtype_of(q);
   return p;
 }
@@ -604,26 +612,27 @@ NB_MODULE(_jax_fa, m) {
       "plan",
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
          int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes, bool general,
-         bool bias, bool masked, int page_size, int capability, int sms) {
+         bool bias, bool masked, int page_size, int capability, int sms, bool exact) {
         return to_dict(plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv,
                                head_dim, element_bytes, kv_bytes,
-                               {general, bias, masked, page_size, capability, sms}));
+                               {general, bias, masked, page_size, capability, sms, exact}));
       },
       nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
       nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
       nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"), nb::arg("bias"),
-      nb::arg("masked"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"));
+      nb::arg("masked"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"),
+      nb::arg("exact"));
   m.def(
       "plan_backward",
       [](int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv, int head_dim,
          int element_bytes, bool deterministic, int shared_kb, bool general, bool bias, bool masked,
-         int capability, int sms) {
+         int capability, int sms, bool exact) {
         return to_dict(plan_of_backward(batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim,
                                         element_bytes, deterministic, shared_kb,
-                                        {general, bias, masked, 0, capability, sms}));
+                                        {general, bias, masked, 0, capability, sms, exact}));
       },
       nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"), nb::arg("len_kv"),
       nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("element_bytes"),
       nb::arg("deterministic"), nb::arg("shared_kb"), nb::arg("general"), nb::arg("bias"),
-      nb::arg("masked"), nb::arg("capability"), nb::arg("sms"));
+      nb::arg("masked"), nb::arg("capability"), nb::arg("sms"), nb::arg("exact"));
 }

@@ -69,6 +69,7 @@ struct AttentionParams {
   float scale, softcap;           // softcap == 0: none
   int window_left, window_right;  // -1: unbounded; causal is (.., 0)
   bool top_left;                  // query i's diagonal is key i; else i + len_kv - len_q of its row
+  bool exact;                     // float32: products are not rounded to TF32
   DType dtype;                    // of q and o
   // Whether the launch may run beside the one before it, of whose results it needs none; it ends no
   // sooner. A launch that does not know how waits for its turn.
@@ -140,6 +141,12 @@ cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
 // cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h).
 template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm90(const AttentionParams& params, cudaStream_t stream);
+
+// cuda/float32/attention.cu: attention and gradients in float32 on no tensor core, for
+// params.exact, every feature but the gradient of bias; the backward needs `rows` (below) to have
+// run.
+cudaError_t launch_fwd_float32(const AttentionParams& params, cudaStream_t stream);
+cudaError_t launch_bwd_float32(const BackwardParams& params, cudaStream_t stream);
 
 // cuda/sm80/bwd_*.cu: gradients on mma.sync, every feature; tiles as in the forward. `shared` gives
 // dq, dk and dv, with `stages` buffers of queries; `keys` gives dk and dv, and dq too if

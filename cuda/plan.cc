@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "decode/splits.h"
+#include "float32/tiles.h"
 #include "sm80/bwd_tiles.h"
 #include "sm80/tiles.h"
 #include "sm90/bwd_tiles.h"
@@ -78,6 +79,7 @@ bool sums_dq(int tile_dim, DType dtype, bool general, int shared_bytes) {
 template <DType kDType>
 cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t stream) {
   cudaError_t status = launch_bwd_rows_sm80<kDType>(p, stream);
+  if (p.fwd.exact && status == cudaSuccess) return launch_bwd_float32(p, stream);
   const auto then = [&](auto launch) {
     if (status != cudaSuccess) return;
     status = with_tile(tile_dim_of(p.fwd.head_dim), launch, kTiles);
@@ -145,6 +147,7 @@ int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_d
 cudaError_t run_attention(Operation operation, const AttentionParams& p,
                           const SplitScratch& scratch, cudaStream_t stream) {
   if (p.total_q == 0 || p.batch == 0) return cudaSuccess;
+  if (p.exact) return launch_fwd_float32(p, stream);
   if (operation == Operation::kHybrid && p.dtype != DType::kF32) {
     return p.dtype == DType::kBF16 ? run_hybrid<DType::kBF16>(p, scratch, stream)
                                    : run_hybrid<DType::kF16>(p, scratch, stream);
@@ -239,6 +242,11 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
   p.fwd.dtype = dtype;
   p.fwd.bias = options.bias ? &kPacked : nullptr;
   p.deterministic = deterministic;
+  if (options.exact) {
+    const int dim = float32_dim(p.fwd), rows = float32_backward_rows(dim);
+    const int64_t blocks = bwd_keys_blocks(p, rows);
+    return {"float32/attention", rows, rows, dim, kFloat32Warps, 1, blocks};
+  }
   if (runs_hopper_backward(p, tile_dim, options.capability)) {
     const BwdHopperTile tile = bwd_sm90_tile(tile_dim, options.general);
     const int64_t tiles = bwd_sm90_order(p, tile.m, options.masked || deterministic).total;
@@ -303,6 +311,11 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.kv.page_table = options.page_size > 0 ? &kPacked : nullptr;
   p.kv.page_size = options.page_size;
   const bool hybrid = op == Operation::kHybrid && dtype != DType::kF32;
+  if (options.exact) {
+    const int dim = float32_dim(p), rows = float32_forward_rows(dim);
+    const int64_t blocks = fwd_sm80_grid(p, FwdTile{rows, rows, kFloat32Warps, 1}).blocks;
+    return {"float32/attention", rows, rows, dim, kFloat32Warps, 1, blocks};
+  }
   if (runs_hopper_kernel(p, options.capability)) {
     const FwdClass kind = fwd_sm90_class(p, tile_dim);
     const HopperTile tile = fwd_sm90_tile(tile_dim, kind);

@@ -26,6 +26,7 @@ struct PlanOptions {
   int page_size;               // 0: contiguous keys
   int capability;              // of the device, 10 * major + minor
   int64_t sms;
+  bool exact;  // float32 without TF32
 };
 
 // The plan of an operation ("prefill", "decode", "hybrid") on static shapes; total_q counts packed

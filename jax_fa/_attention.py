@@ -21,6 +21,7 @@ class Static(NamedTuple):
     top_left: bool
     dropout_rate: float
     dropout_heads: bool
+    exact: bool
     implementation: str | None
     deterministic: bool
 
@@ -147,6 +148,7 @@ def _dense(
         top_left,
         rate,
         not broadcast_dropout,
+        _checks.exact(q),
         _checks.implementation(implementation),
         bool(deterministic),
     )
@@ -296,6 +298,7 @@ def flash_attention_varlen(
         False,
         rate,
         True,
+        _checks.exact(q),
         _checks.implementation(implementation),
         bool(deterministic),
     )

@@ -171,6 +171,12 @@ def window(value, causal):
     return -1 if left is None else int(left), -1 if right is None else int(right)
 
 
+def exact(q):
+    """Whether products of float32 may not be rounded to TF32: what JAX's matmuls do now."""
+    precise = ("highest", "float32", "F32_F32_F32")
+    return q.dtype == np.float32 and jax.config.jax_default_matmul_precision in precise
+
+
 def dropout(rate, rng):
     rate = float(rate)
     if not 0 <= rate < 1:

@@ -139,6 +139,7 @@ def _cache_call(
         "softcap": _checks.positive("softcap", softcap),
         "window_left": left,
         "window_right": right,
+        "exact": _checks.exact(q),
         "layer_stride": layer_stride,
         "implementation": _checks.implementation(implementation),
     }

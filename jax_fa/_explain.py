@@ -13,7 +13,8 @@ from ._primitives import OPERATIONS
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Peak rates: TFLOP/s of 16-bit and TF32 matrix products with float32 sums, and GB/s read.
+    """Peak rates: TFLOP/s of 16-bit and TF32 matrix products with float32 sums and of float32 ones
+    without tensor cores, and GB/s read.
 
     capability: 10 * major + minor. sms: multiprocessors. shared_kb: KiB of shared memory that a
     block can have.
@@ -22,6 +23,7 @@ class Device:
     name: str
     tflops: float
     tflops_tf32: float
+    tflops_float32: float
     gb_per_s: float
     capability: int
     sms: int
@@ -32,10 +34,10 @@ class Device:
 DEVICES = {
     device.name: device
     for device in [
-        Device("h200", 780, 390, 4560, 90, 132, 227),
-        Device("h100", 989, 494, 3350, 90, 132, 227),
-        Device("a100", 312, 156, 2039, 80, 108, 163),
-        Device("l40s", 181, 90, 864, 89, 142, 99),
+        Device("h200", 780, 390, 67, 4560, 90, 132, 227),
+        Device("h100", 989, 494, 67, 3350, 90, 132, 227),
+        Device("a100", 312, 156, 19.5, 2039, 80, 108, 163),
+        Device("l40s", 181, 90, 91.6, 864, 89, 142, 99),
     ]
 }
 
@@ -162,6 +164,7 @@ def _explain(eqn, count, peak):
     roofline = math.nan
     if peak is not None:
         rate = peak.tflops_tf32 if x["k"].dtype == np.float32 else peak.tflops
+        rate = peak.tflops_float32 if static.get("exact") else rate
         roofline = max(flops / (rate * 1e6), moved / (peak.gb_per_s * 1e3))
     return Call(
         name, count, plan["kernel"], reason, plan["tile"], plan["warps"], plan["splits"],
@@ -196,6 +199,7 @@ def _plan_shape(name, x, static):
         "general": _is_general(x, static),
         "bias": _has_bias(x),
         "masked": _is_masked(static),
+        "exact": static["exact"],
         "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
     }
     if name == "jax_fa_fwd":
@@ -224,6 +228,7 @@ def _backward_shape(name, x, static):
         "bias": _has_bias(x),
         "masked": _is_masked(static),
         "deterministic": static["deterministic"],
+        "exact": static["exact"],
     }
 
 

@@ -70,6 +70,7 @@ def plan(
     page_size: int,
     capability: int,
     sms: int,
+    exact: bool,
 ) -> dict[str, object]: ...
 def plan_backward(
     *,
@@ -88,4 +89,5 @@ def plan_backward(
     masked: bool,
     capability: int,
     sms: int,
+    exact: bool,
 ) -> dict[str, object]: ...

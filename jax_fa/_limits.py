@@ -14,6 +14,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 _KERNEL_FLOATS = ("float16", "bfloat16", "float32")
 _MAX_HEAD_DIM = max(_jax_fa.head_dims)
 _MAX_GRID = 65535
+_ABSENT = np.empty(0)
 
 
 def no_kernel(name, operands, static):
@@ -34,12 +35,27 @@ def no_kernel(name, operands, static):
         for key, x in (("k", k), ("v", v)):
             if x.dtype != q.dtype:
                 return f"{key} is {x.dtype.name}; gradients by kernels take q's, {q.dtype.name}"
+    if static.get("exact"):
+        if reason := _no_exact_kernel(name, operands, static):
+            return reason
     bias = operands.get("bias", q)
     if bias.dtype.name not in _KERNEL_FLOATS:
         return f"bias is {bias.dtype.name}; kernels take {', '.join(_KERNEL_FLOATS)}"
     if static.get("dropout_rate"):
         return f"dropout_rate={static['dropout_rate']}; kernels have no dropout"
     return _no_scale_kernel(name, operands) or _no_grid(name, operands)
+
+
+def _no_exact_kernel(name, operands, static):
+    """Of float32 products that may not be rounded to TF32."""
+    largest = max(operands[i].shape[-1] for i in "kv")
+    if largest > 256:
+        return f"head dim {largest}; exact float32 kernels take multiples of 8 up to 256"
+    if name.endswith("_bwd") and operands.get("bias", _ABSENT).shape != (0,):
+        return "a gradient of bias; exact float32 kernels have none"
+    if static.get("dropout_rate"):
+        return f"dropout_rate={static['dropout_rate']}; exact float32 kernels have no dropout"
+    return None
 
 
 def _no_append_kernel(operands):
