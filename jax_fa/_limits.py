@@ -37,8 +37,8 @@ def no_kernel(name, operands, static):
     bias = operands.get("bias", q)
     if bias.dtype.name not in _KERNEL_FLOATS:
         return f"bias is {bias.dtype.name}; kernels take {', '.join(_KERNEL_FLOATS)}"
-    if static.get("dropout_rate"):
-        return f"dropout_rate={static['dropout_rate']}; kernels have no dropout"
+    if static.get("dropout_rate") and not k.dtype == v.dtype == q.dtype:
+        return f"dropout over {k.dtype.name} keys; kernels have it for keys of q's dtype"
     return _no_scale_kernel(name, operands) or _no_grid(name, operands)
 
 

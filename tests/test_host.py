@@ -77,6 +77,20 @@ def test_tiles_are_skipped_only_where_unseen_and_unmasked_only_where_all_seen():
     assert kinds == {"skip", "partial", "full"}
 
 
+def test_philox_known_answers():
+    """Vectors of the authors' Random123 distribution."""
+    ones = 0xFFFFFFFF
+    for counter, key, expected in (
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([ones] * 4, [ones] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ):  # fmt: skip
+        assert _jax_fa.philox(counter, key) == expected
+
+
 @pytest.mark.parametrize("longest_first", [False, True])
 def test_hopper_takes_each_tile_once_and_the_longest_of_a_section_first(longest_first):
     rng = np.random.default_rng(3)
