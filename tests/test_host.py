@@ -151,6 +151,23 @@ def test_arch_forces_the_portable_tier(arch, kernels):
     assert out.stdout.split() == [*kernels, "sm80/fwd", "sm80/bwd_keys"], out.stderr
 
 
+@pytest.mark.parametrize("device, tier", [("h200", "sm90"), ("a100", "sm80")])
+def test_dropout_has_kernels_and_tiles_of_its_own(device, tier):
+    q = jax.ShapeDtypeStruct((2, 4096, 16, 128), jnp.bfloat16)
+
+    def explained(**options):
+        def loss(q):
+            return jax_fa.flash_attention(q, q, q, **options).astype(jnp.float32).sum()
+
+        return jax_fa.explain(jax.grad(loss), q, device=device)
+
+    plain = explained()
+    dropped = explained(dropout_rate=0.1, dropout_rng=jax.random.key(0))
+    assert [call.kernel[:4] for call in dropped] == [tier] * 2
+    assert [call.kernel for call in dropped] == [call.kernel for call in plain]
+    assert dropped[0].tile[1] < plain[0].tile[1]  # fewer keys: registers for general scores
+
+
 @pytest.mark.parametrize(
     "dtypes, head_dim, group, page, kernel",
     [
