@@ -43,6 +43,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     alibi: bool = False
+    dropout: float = 0.0
     decode_rows: int = 0
     prefill_kv: int = 0
     shortest: int = 0
@@ -189,7 +190,7 @@ def _backward():
         for dim in (64, 128, 256)
         for causal in (False, True)
         for n in ((512, 1024, 2048, 4096, 8192, 16384) if dim < 256 else (2048, 8192, 16384))
-    ]  # fmt: skip
+    ] + _feature_table(backward=True)  # fmt: skip
 
 
 # batch, keys, query heads, key heads: DESIGN section 5
@@ -225,13 +226,7 @@ def _prefill_features():
         for t in (1024, 4096, 16384)
     ]
 
-    def one(label, len_q=4096, **options):
-        options = {"heads_q": 16, "heads_kv": 16, "causal": True} | options
-        return Case("prefill_features", "", label, 16384 // len_q, len_q, len_q, **options)
-
-    found += [one("plain"), one("float16", dtype="float16"), one("softcap 50", softcap=50.0)]
-    found += [one("ALiBi", alibi=True)]
-    found += [one(f"window {w}", window=w) for w in (128, 1024, 4096)]
+    found += _feature_table()
     found += [
         Case("prefill_long", "", label, 1, 32768, 32768, 16, 16, causal=True, window=window)
         for label, window in (("causal", None), ("window 1024", 1024))
@@ -239,6 +234,16 @@ def _prefill_features():
     ragged = Case("prefill_varlen", "", "32 rows of 17 to 8192", 32, 8192, 8192, 16, 16,
                   causal=True, shortest=17)  # fmt: skip
     return [*found, ragged]
+
+
+def _feature_table(backward=False):
+    def one(label, len_q=4096, **options):
+        options = {"heads_q": 16, "heads_kv": 16, "causal": True, "backward": backward} | options
+        return Case("prefill_features", "", label, 16384 // len_q, len_q, len_q, **options)
+
+    found = [one("plain"), one("float16", dtype="float16"), one("softcap 50", softcap=50.0)]
+    found += [one("ALiBi", alibi=True), one("dropout 0.1", dropout=0.1)]
+    return found + [one(f"window {w}", window=w) for w in (128, 1024, 4096)]
 
 
 def _decode_features():

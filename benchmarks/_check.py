@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_fa
+from jax_fa._reference import dropout_keep
 
 ROWS = 16  # outputs that are compared
 
@@ -27,6 +28,7 @@ class Inputs:
       cu_seqlens_q: int32 `[B + 1]`.
       dout: As q, where gradients are measured.
       slopes: float32 `[N]` or None.
+      dropout_rng: A key, where a case drops probabilities.
       derived: What implementations made of these and can share, by a key of their choice.
     """
 
@@ -37,6 +39,7 @@ class Inputs:
     cu_seqlens_q: jax.Array
     dout: jax.Array | None
     slopes: jax.Array | None
+    dropout_rng: jax.Array | None
     derived: dict = dataclasses.field(default_factory=dict)
 
 
@@ -59,7 +62,15 @@ def inputs(case):
         cu_seqlens_q=jnp.asarray([0, *np.cumsum(queries)], jnp.int32),
         dout=_normal(keys[3], q.shape, case.dtype) if case.backward else None,
         slopes=jnp.asarray(slopes, jnp.float32) if case.alibi else None,
+        dropout_rng=jax.random.key(3) if case.dropout else None,
     )
+
+
+def _seeds(case, x):
+    """uint32 `[B, 2]`, as `flash_attention` draws them."""
+    if x.dropout_rng is None:
+        return np.zeros((case.batch, 2), np.uint32)
+    return np.asarray(jax.random.bits(x.dropout_rng, (case.batch, 2), jnp.uint32))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -86,6 +97,9 @@ class Expected:
         self._case, self._x = case, x
         self._where = {
             "row": row,
+            "query_head": self.head,
+            "query": index,
+            "seeds": _seeds(case, x)[row],
             "head": self.head // (case.heads_q // case.heads_kv),
             "position": position,
             "low": np.maximum(position - case.window, 0) if case.window else np.zeros(ROWS, int),
@@ -105,7 +119,8 @@ class Expected:
         if id(keys) not in self._of_keys:  # kept beside the result, so that no other has its id
             q = _rows(self._x.q.reshape(-1, case.heads_q, case.head_dim), self.token, self.head)
             where = {name: jnp.asarray(value) for name, value in self._where.items()}
-            right = _attend(q, keys, values, where, case.head_dim**-0.5, case.softcap)
+            fixed = case.head_dim**-0.5, case.softcap, case.dropout
+            right = _attend(q, keys, values, where, *fixed)
             self._of_keys[id(keys)] = keys, np.asarray(right)
         _, right = self._of_keys[id(keys)]
         packed = out.reshape(-1, case.heads_q, case.head_dim)
@@ -123,7 +138,11 @@ class Expected:
         group = case.heads_q // case.heads_kv
         heads = slice(head * group, (head + 1) * group)
         q, dout = x.q[row, :, heads], x.dout[row, :, heads]
-        right = _gradients(q, keys[row, :, head], values[row, :, head], dout, case.causal)
+        slopes = None if x.slopes is None else x.slopes[heads]
+        right = _gradients(
+            q, keys[row, :, head], values[row, :, head], dout, slopes, _seeds(case, x)[row],
+            heads.start, case.causal, case.window, case.softcap, case.dropout,
+        )  # fmt: skip
         dq, dk, dv = gradients
         got = dq[row, :, heads], dk[row, :, head], dv[row, :, head]
         for mine, other in zip(got, right, strict=True):
@@ -149,8 +168,8 @@ def _rows(x, token, head):
     return x[token, head].astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "softcap"))
-def _attend(q, keys, values, where, scale, softcap):
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "dropout"))
+def _attend(q, keys, values, where, scale, softcap, dropout):
     """[R, H] of float32 queries `[R, H]`, each over one head of one row of the keys."""
 
     def one(args):
@@ -163,9 +182,17 @@ def _attend(q, keys, values, where, scale, softcap):
         score -= at["slope"] * jnp.abs(at["position"] - j)
         seen = (at["low"] <= j) & (j < at["high"])
         weight = jax.nn.softmax(jnp.where(seen, score, -jnp.inf))
+        weight = _drop(weight, at["seeds"], at["query_head"], at["query"], j, dropout)
         return jnp.matmul(weight, jnp.where(seen[:, None], v, 0), precision="highest")
 
     return jax.lax.map(one, (q, where))
+
+
+def _drop(weight, seeds, head, query, key, rate):
+    if not rate:
+        return weight
+    positions = (x.astype(jnp.int32) for x in (head, query, key))
+    return jnp.where(dropout_keep(tuple(seeds), *positions, rate), weight / (1 - rate), 0)
 
 
 def _one_head(x, row, head):
@@ -178,16 +205,26 @@ def _one_head(x, row, head):
     return one.dequantize()[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("causal",))
-def _gradients(q, k, v, dout, causal):
-    """float32 gradients of q `[T, G, H]`, k and v `[S, H]`."""
+@functools.partial(jax.jit, static_argnames=("head0", "causal", "window", "softcap", "dropout"))
+def _gradients(q, k, v, dout, slopes, seeds, head0, causal, window, softcap, dropout):
+    """float32 gradients of q `[T, G, H]` of heads from head0 on, k and v `[S, H]`."""
+    len_q, heads, _ = q.shape
+    i, j = jnp.arange(len_q)[:, None], jnp.arange(k.shape[0])[None]
+    offset = j - (i + k.shape[0] - len_q)
+    seen = (offset <= 0) | (not causal)
+    if window is not None:
+        seen &= offset >= -window
 
     def attend(q, k, v):
         score = jnp.einsum("tgh,sh->gts", q, k, precision="highest") * q.shape[-1] ** -0.5
-        if causal:
-            seen = jnp.tri(*score.shape[1:], k=k.shape[0] - q.shape[0], dtype=bool)
-            score = jnp.where(seen, score, -jnp.inf)
-        return jnp.einsum("gts,sh->tgh", jax.nn.softmax(score), v, precision="highest")
+        if softcap is not None:
+            score = softcap * jnp.tanh(score / softcap)
+        if slopes is not None:
+            score -= slopes[:, None, None] * jnp.abs(offset)
+        weight = jax.nn.softmax(jnp.where(seen, score, -jnp.inf))
+        head = head0 + jnp.arange(heads)[:, None, None]
+        weight = _drop(weight, seeds, head, i[None], j[None], dropout)
+        return jnp.einsum("gts,sh->tgh", weight, v, precision="highest")
 
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     return jax.vjp(attend, *wide)[1](dout.astype(jnp.float32))

@@ -150,7 +150,7 @@ def jax_nn(case, implementation):
 
 def plain(case):
     """Whether a case is without what few libraries have."""
-    return not (case.softcap or case.alibi or case.ragged)
+    return not (case.softcap or case.alibi or case.dropout or case.ragged)
 
 
 def few_scores(case):

@@ -36,6 +36,8 @@ def options(case, x):
         "window": None if case.window is None else (case.window, 0),
         "softcap": case.softcap,
         "alibi_slopes": x.slopes,
+        "dropout_rate": case.dropout,
+        "dropout_rng": x.dropout_rng,
     }
 
 
@@ -78,7 +80,7 @@ def xla(case, x):
 
 @of(
     "flash-attn3-jax", "flash_attn3_jax",
-    covers=lambda c: c.head_dim == 128 and not (c.softcap or c.alibi),
+    covers=lambda c: c.head_dim == 128 and not (c.softcap or c.alibi or c.dropout),
 )  # fmt: skip
 def flash_attn3(case, x):
     import flash_attn3_jax
@@ -162,7 +164,7 @@ def torch_cudnn(case, x):
 
 @of(
     "fa3-fwd", "fa3_fwd_interface",
-    covers=lambda c: c.dtype == "bfloat16" and not (c.alibi or c.backward),
+    covers=lambda c: c.dtype == "bfloat16" and not (c.alibi or c.dropout or c.backward),
 )  # fmt: skip
 def fa3_fwd(case, x):
     import fa3_fwd_interface

@@ -2,15 +2,19 @@
 // primitive, all under one name. Shapes and dtypes were checked in Python; absent operands have
 // shape [0].
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <xla/ffi/api/ffi.h>
 
+#include <array>
+#include <cmath>
 #include <string>
 #include <utility>
 
 #include "decode/splits.h"
 #include "mask.cuh"
 #include "params.h"
+#include "philox.h"
 #include "plan.h"
 #include "sm90/tiles.h"
 
@@ -23,7 +27,7 @@ struct FwdAttrs {
   float scale, softcap;
   int32_t window_left, window_right;
   bool top_left;
-  float dropout_rate;  // 0: the lowering rule lets nothing else through
+  double dropout_rate;
   bool dropout_heads, exact;
   int32_t layout;
 };
@@ -33,7 +37,7 @@ struct VarlenAttrs {
   float scale, softcap;
   int32_t window_left, window_right;
   bool top_left;
-  float dropout_rate;
+  double dropout_rate;
   bool dropout_heads, exact;
 };
 
@@ -70,25 +74,25 @@ struct AppendAttrs {
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::FwdAttrs, JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap),
     JAX_FA_MEMBER(int32_t, window_left), JAX_FA_MEMBER(int32_t, window_right),
-    JAX_FA_MEMBER(bool, top_left), JAX_FA_MEMBER(float, dropout_rate),
+    JAX_FA_MEMBER(bool, top_left), JAX_FA_MEMBER(double, dropout_rate),
     JAX_FA_MEMBER(bool, dropout_heads), JAX_FA_MEMBER(bool, exact), JAX_FA_MEMBER(int32_t, layout));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::VarlenAttrs, JAX_FA_MEMBER(int32_t, max_len_q), JAX_FA_MEMBER(int32_t, max_len_kv),
     JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap), JAX_FA_MEMBER(int32_t, window_left),
     JAX_FA_MEMBER(int32_t, window_right), JAX_FA_MEMBER(bool, top_left),
-    JAX_FA_MEMBER(float, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads),
+    JAX_FA_MEMBER(double, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads),
     JAX_FA_MEMBER(bool, exact));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::FwdBwdAttrs, JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap),
     JAX_FA_MEMBER(int32_t, window_left), JAX_FA_MEMBER(int32_t, window_right),
-    JAX_FA_MEMBER(bool, top_left), JAX_FA_MEMBER(float, dropout_rate),
+    JAX_FA_MEMBER(bool, top_left), JAX_FA_MEMBER(double, dropout_rate),
     JAX_FA_MEMBER(bool, dropout_heads), JAX_FA_MEMBER(bool, exact), JAX_FA_MEMBER(int32_t, layout),
     JAX_FA_MEMBER(bool, deterministic));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_fa::VarlenBwdAttrs, JAX_FA_MEMBER(int32_t, max_len_q), JAX_FA_MEMBER(int32_t, max_len_kv),
     JAX_FA_MEMBER(float, scale), JAX_FA_MEMBER(float, softcap), JAX_FA_MEMBER(int32_t, window_left),
     JAX_FA_MEMBER(int32_t, window_right), JAX_FA_MEMBER(bool, top_left),
-    JAX_FA_MEMBER(float, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads),
+    JAX_FA_MEMBER(double, dropout_rate), JAX_FA_MEMBER(bool, dropout_heads),
     JAX_FA_MEMBER(bool, exact), JAX_FA_MEMBER(bool, deterministic));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_fa::DecodeAttrs, JAX_FA_MEMBER(float, scale),
                                       JAX_FA_MEMBER(float, softcap),
@@ -245,6 +249,16 @@ void set_bias(AttentionParams& p, const In& bias) {
   p.bias_row_stride = d[0] == 1 ? 0 : d[1] * d[2] * d[3];
 }
 
+// The limit that probabilities survive is what Python rounds it to, in the same arithmetic.
+template <typename Attrs>
+void set_dropout(AttentionParams& p, const In& seeds, const Attrs& attrs) {
+  if (attrs.dropout_rate == 0) return;
+  p.seeds = optional<uint32_t>(seeds);
+  p.dropout_keep = int(std::nearbyint((1 - attrs.dropout_rate) * 65536));
+  p.dropout_heads = attrs.dropout_heads;
+  p.dropout_scale = float(1 / (1 - attrs.dropout_rate));
+}
+
 ffi::Error to_error(cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("jax_fa: ") + cudaGetErrorString(status));
@@ -252,7 +266,8 @@ ffi::Error to_error(cudaError_t status) {
 
 AttentionParams dense(const In& q, const In& k, const In& v, const In& k_scale, const In& v_scale,
                       const In& slopes, const In& sinks, const In& bias, const In& q_lengths,
-                      const In& kv_lengths, const In& o, const In& lse, const FwdAttrs& attrs) {
+                      const In& kv_lengths, const In& seeds, const In& o, const In& lse,
+                      const FwdAttrs& attrs) {
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/false, attrs);
   const int parts = attrs.layout == kQkvPacked ? 3 : attrs.layout == kKvPacked ? 2 : 1;
   p.batch = int(q.dimensions()[0]);
@@ -266,13 +281,14 @@ AttentionParams dense(const In& q, const In& k, const In& v, const In& k_scale, 
   p.kv.len_kv = int(k.dimensions()[1]);
   p.top_left = attrs.top_left;
   set_bias(p, bias);
+  set_dropout(p, seeds, attrs);
   return p;
 }
 
 AttentionParams varlen(const In& q, const In& k, const In& v, const In& k_scale, const In& v_scale,
-                       const In& slopes, const In& sinks, const In& q_start, const In& q_length,
-                       const In& k_start, const In& k_length, const In& o, const In& lse,
-                       const VarlenAttrs& attrs) {
+                       const In& slopes, const In& sinks, const In& seeds, const In& q_start,
+                       const In& q_length, const In& k_start, const In& k_length, const In& o,
+                       const In& lse, const VarlenAttrs& attrs) {
   AttentionParams p = attention(q, v, o, lse, slopes, sinks, /*packed=*/true, attrs);
   p.batch = int(q_start.dimensions()[0]);
   p.max_len_q = attrs.max_len_q;
@@ -286,23 +302,24 @@ AttentionParams varlen(const In& q, const In& k, const In& v, const In& k_scale,
   p.kv.layers = 1;
   p.kv.len_kv = attrs.max_len_kv;
   p.top_left = attrs.top_left;
+  set_dropout(p, seeds, attrs);
   return p;
 }
 
 ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes, In sinks,
-               In bias, In q_lengths, In kv_lengths, In /*seeds*/, Out o, Out lse, Out next_tile,
+               In bias, In q_lengths, In kv_lengths, In seeds, Out o, Out lse, Out next_tile,
                FwdAttrs attrs) {
-  AttentionParams p =
-      dense(q, k, v, k_scale, v_scale, slopes, sinks, bias, q_lengths, kv_lengths, *o, *lse, attrs);
+  AttentionParams p = dense(q, k, v, k_scale, v_scale, slopes, sinks, bias, q_lengths, kv_lengths,
+                            seeds, *o, *lse, attrs);
   p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
   return to_error(run_attention(Operation::kPrefill, p, {}, stream));
 }
 
 ffi::Error varlen_fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
-                      In sinks, In /*seeds*/, In q_start, In q_length, In k_start, In k_length,
-                      Out o, Out lse, Out next_tile, VarlenAttrs attrs) {
-  AttentionParams p = varlen(q, k, v, k_scale, v_scale, slopes, sinks, q_start, q_length, k_start,
-                             k_length, *o, *lse, attrs);
+                      In sinks, In seeds, In q_start, In q_length, In k_start, In k_length, Out o,
+                      Out lse, Out next_tile, VarlenAttrs attrs) {
+  AttentionParams p = varlen(q, k, v, k_scale, v_scale, slopes, sinks, seeds, q_start, q_length,
+                             k_start, k_length, *o, *lse, attrs);
   p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
   return to_error(run_attention(Operation::kPrefill, p, {}, stream));
 }
@@ -330,11 +347,11 @@ BackwardParams gradients(const AttentionParams& fwd, const In& dout, const In& d
 }
 
 ffi::Error fwd_bwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
-                   In sinks, In bias, In q_lengths, In kv_lengths, In /*seeds*/, In o, In lse,
-                   In dout, In dlse, Out dq, Out dk, Out dv, Out dsinks, Out dbias, Out rows,
-                   Out dq_sum, FwdBwdAttrs attrs) {
-  const AttentionParams fwd =
-      dense(q, k, v, k_scale, v_scale, slopes, sinks, bias, q_lengths, kv_lengths, o, lse, attrs);
+                   In sinks, In bias, In q_lengths, In kv_lengths, In seeds, In o, In lse, In dout,
+                   In dlse, Out dq, Out dk, Out dv, Out dsinks, Out dbias, Out rows, Out dq_sum,
+                   FwdBwdAttrs attrs) {
+  const AttentionParams fwd = dense(q, k, v, k_scale, v_scale, slopes, sinks, bias, q_lengths,
+                                    kv_lengths, seeds, o, lse, attrs);
   BackwardParams p =
       gradients(fwd, dout, dlse, dq, dk, dv, dsinks, rows, dq_sum, attrs.deterministic);
   // Those that share a buffer follow one another in each of its tokens; only the first is a result.
@@ -352,11 +369,11 @@ ffi::Error fwd_bwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale
 }
 
 ffi::Error varlen_bwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes,
-                      In sinks, In /*seeds*/, In q_start, In q_length, In k_start, In k_length,
-                      In o, In lse, In dout, In dlse, Out dq, Out dk, Out dv, Out dsinks, Out rows,
+                      In sinks, In seeds, In q_start, In q_length, In k_start, In k_length, In o,
+                      In lse, In dout, In dlse, Out dq, Out dk, Out dv, Out dsinks, Out rows,
                       Out dq_sum, VarlenBwdAttrs attrs) {
-  const AttentionParams fwd = varlen(q, k, v, k_scale, v_scale, slopes, sinks, q_start, q_length,
-                                     k_start, k_length, o, lse, attrs);
+  const AttentionParams fwd = varlen(q, k, v, k_scale, v_scale, slopes, sinks, seeds, q_start,
+                                     q_length, k_start, k_length, o, lse, attrs);
   BackwardParams p =
       gradients(fwd, dout, dlse, dq, dk, dv, dsinks, rows, dq_sum, attrs.deterministic);
   p.total_k = int(k.dimensions()[0]);
@@ -585,6 +602,14 @@ NB_MODULE(_jax_fa, m) {
         return out;
       },
       nb::arg("steps"), nb::arg("part_steps"));
+  m.def(
+      "philox",
+      [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+        uint4 x[1] = {{counter[0], counter[1], counter[2], counter[3]}};
+        philox(x, uint2{key[0], key[1]});
+        return std::array{x[0].x, x[0].y, x[0].z, x[0].w};
+      },
+      nb::arg("counter"), nb::arg("key"));
   m.def("prefill_share", &prefill_share, nb::arg("sms"), nb::arg("tiles"), nb::arg("prefill"),
         nb::arg("decode"));
   m.def("part_candidate", &part_candidate, nb::arg("i"));
@@ -612,27 +637,29 @@ NB_MODULE(_jax_fa, m) {
       "plan",
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
          int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes, bool general,
-         bool bias, bool masked, int page_size, int capability, int sms, bool exact) {
-        return to_dict(plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv,
-                               head_dim, element_bytes, kv_bytes,
-                               {general, bias, masked, page_size, capability, sms, exact}));
+         bool bias, bool masked, bool dropout, int page_size, int capability, int sms, bool exact) {
+        return to_dict(
+            plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv, head_dim,
+                    element_bytes, kv_bytes,
+                    {general, bias, masked, dropout, page_size, capability, sms, exact}));
       },
       nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
       nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
       nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"), nb::arg("bias"),
-      nb::arg("masked"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"),
-      nb::arg("exact"));
+      nb::arg("masked"), nb::arg("dropout"), nb::arg("page_size"), nb::arg("capability"),
+      nb::arg("sms"), nb::arg("exact"));
   m.def(
       "plan_backward",
       [](int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv, int head_dim,
          int element_bytes, bool deterministic, int shared_kb, bool general, bool bias, bool masked,
-         int capability, int sms, bool exact) {
-        return to_dict(plan_of_backward(batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim,
-                                        element_bytes, deterministic, shared_kb,
-                                        {general, bias, masked, 0, capability, sms, exact}));
+         bool dropout, int capability, int sms, bool exact) {
+        return to_dict(plan_of_backward(
+            batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim, element_bytes,
+            deterministic, shared_kb, {general, bias, masked, dropout, 0, capability, sms, exact}));
       },
       nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"), nb::arg("len_kv"),
       nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("element_bytes"),
       nb::arg("deterministic"), nb::arg("shared_kb"), nb::arg("general"), nb::arg("bias"),
-      nb::arg("masked"), nb::arg("capability"), nb::arg("sms"), nb::arg("exact"));
+      nb::arg("masked"), nb::arg("dropout"), nb::arg("capability"), nb::arg("sms"),
+      nb::arg("exact"));
 }

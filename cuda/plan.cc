@@ -209,7 +209,7 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   status = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
   const int tile_dim = tile_dim_of(p.fwd.head_dim);
-  const bool general = bwd_general(p.fwd);
+  const bool general = bwd_general(p.fwd) || p.fwd.seeds;
   const int stages = bwd_shared_stages(tile_dim, general, shared_bytes);
   const bool hopper = runs_hopper_backward(p, tile_dim, current_capability());
   const bool sums = !p.deterministic && sums_dq(tile_dim, p.fwd.dtype, general, shared_bytes);
@@ -252,7 +252,7 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
     const int64_t tiles = bwd_sm90_order(p, tile.m, options.masked || deterministic).total;
     return {"sm90/bwd", tile.n, tile.m, tile_dim, tile.warps, 1, std::min(options.sms, tiles)};
   }
-  const bool general = options.general || options.bias;
+  const bool general = options.general || options.bias || options.dropout;
   const bool with_dq = !deterministic && sums_dq(tile_dim, dtype, general, shared_kb << 10);
   const bool shares = with_dq && bwd_shares_scores(tile_dim);
   const KeyGradients grads = with_dq ? kBothAndDq : bwd_splits_keys(tile_dim) ? kDk : kBoth;
@@ -306,6 +306,8 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.v.dtype = kv_bytes == 1 ? DType::kInt8 : dtype;
   p.scale = options.general ? 0 : 1;
   p.bias = options.bias ? &kPacked : nullptr;
+  static const uint32_t kSeeds[2] = {};
+  p.seeds = options.dropout ? kSeeds : nullptr;
   p.window_left = -1;
   p.window_right = options.masked ? 0 : -1;
   p.kv.page_table = options.page_size > 0 ? &kPacked : nullptr;
@@ -329,7 +331,8 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
             1,
             std::min(options.sms, tiles)};
   }
-  const FwdTile tile = fwd_sm80_tile(tile_dim, dtype, options.general || options.bias);
+  const FwdTile tile =
+      fwd_sm80_tile(tile_dim, dtype, options.general || options.bias || options.dropout);
   return {hybrid ? "decode, sm80/fwd" : "sm80/fwd",
           tile.m,
           tile.n,

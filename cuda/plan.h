@@ -23,8 +23,9 @@ int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_d
 
 struct PlanOptions {
   bool general, bias, masked;  // scores beyond a scale, a dense bias, a window or causal
-  int page_size;               // 0: contiguous keys
-  int capability;              // of the device, 10 * major + minor
+  bool dropout;
+  int page_size;   // 0: contiguous keys
+  int capability;  // of the device, 10 * major + minor
   int64_t sms;
   bool exact;  // float32 without TF32
 };

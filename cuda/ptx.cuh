@@ -60,6 +60,13 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
   return y;
 }
 
+// Byte i is byte s = selector >> 4 * i & 7 of x, or eight copies of its sign bit if s + 8 is said.
+__device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t selector) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "r"(selector));
+  return y;
+}
+
 // d[16, 8] += a[16, 16] b[16, 8]. With g = lane / 4 and t = lane % 4: d = rows g, g, g + 8, g + 8,
 // columns 2t, 2t + 1, 2t, 2t + 1; a = rows g, g + 8, g, g + 8, columns 2t and 2t + 1 (+ 8 in the
 // last two); b = column g, rows 2t and 2t + 1 (+ 8 in b1).

@@ -41,7 +41,7 @@ struct ScaledScore {
   __device__ ScaledScore(const AttentionParams& params, int, int, int, const IntervalMask&)
       : scale(params.scale) {}
 
-  static constexpr bool kHasSlope = false;
+  static constexpr bool kHasSlope = false, kDropout = false;
 
   template <class ForEach>
   __device__ void apply(ForEach) const {}
@@ -75,7 +75,7 @@ struct GeneralScore {
                           const IntervalMask& mask)
       : params(params), b(b), head(head), len_q(len_q), mask(mask) {}
 
-  static constexpr bool kHasSlope = true;
+  static constexpr bool kHasSlope = true, kDropout = false;
 
   template <class ForEach>
   __device__ void apply(ForEach for_each) const {
@@ -144,6 +144,14 @@ struct GeneralScoreWithoutBias : GeneralScore {
   __device__ void shift(ForEach for_each) const {
     add_slopes(for_each);
   }
+};
+
+// The same where probabilities are dropped (dropout.cuh).
+template <class Score>
+struct Dropped : Score {
+  using Score::Score;
+
+  static constexpr bool kDropout = true;
 };
 
 // What all scores of a launch without a bias have in common. They are counted in units of the

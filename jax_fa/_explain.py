@@ -200,6 +200,7 @@ def _plan_shape(name, x, static):
         "bias": _has_bias(x),
         "masked": _is_masked(static),
         "exact": static["exact"],
+        "dropout": bool(static.get("dropout_rate")),
         "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
     }
     if name == "jax_fa_fwd":
@@ -227,6 +228,7 @@ def _backward_shape(name, x, static):
         "general": _is_general(x, static),
         "bias": _has_bias(x),
         "masked": _is_masked(static),
+        "dropout": bool(static.get("dropout_rate")),
         "deterministic": static["deterministic"],
         "exact": static["exact"],
     }

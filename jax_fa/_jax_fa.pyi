@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 head_dims: tuple[int, ...]
 
 def handlers() -> dict[str, object]: ...
@@ -46,6 +48,7 @@ def seeing_queries(
     top_left: bool,
 ) -> tuple[int, int]: ...
 def parts_of_row(steps: int, part_steps: int) -> list[int]: ...
+def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def prefill_share(sms: int, tiles: int, prefill: float, decode: float) -> int: ...
 def part_candidate(i: int) -> int: ...
 def decode_max_len_q(heads_group: int) -> int: ...
@@ -67,6 +70,7 @@ def plan(
     general: bool,
     bias: bool,
     masked: bool,
+    dropout: bool,
     page_size: int,
     capability: int,
     sms: int,
@@ -87,6 +91,7 @@ def plan_backward(
     general: bool,
     bias: bool,
     masked: bool,
+    dropout: bool,
     capability: int,
     sms: int,
     exact: bool,

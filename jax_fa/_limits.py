@@ -36,25 +36,23 @@ def no_kernel(name, operands, static):
             if x.dtype != q.dtype:
                 return f"{key} is {x.dtype.name}; gradients by kernels take q's, {q.dtype.name}"
     if static.get("exact"):
-        if reason := _no_exact_kernel(name, operands, static):
+        if reason := _no_exact_kernel(name, operands):
             return reason
     bias = operands.get("bias", q)
     if bias.dtype.name not in _KERNEL_FLOATS:
         return f"bias is {bias.dtype.name}; kernels take {', '.join(_KERNEL_FLOATS)}"
-    if static.get("dropout_rate"):
-        return f"dropout_rate={static['dropout_rate']}; kernels have no dropout"
+    if static.get("dropout_rate") and not k.dtype == v.dtype == q.dtype:
+        return f"dropout over {k.dtype.name} keys; kernels have it for keys of q's dtype"
     return _no_scale_kernel(name, operands) or _no_grid(name, operands)
 
 
-def _no_exact_kernel(name, operands, static):
+def _no_exact_kernel(name, operands):
     """Of float32 products that may not be rounded to TF32."""
     largest = max(operands[i].shape[-1] for i in "kv")
     if largest > 256:
         return f"head dim {largest}; exact float32 kernels take multiples of 8 up to 256"
     if name.endswith("_bwd") and operands.get("bias", _ABSENT).shape != (0,):
         return "a gradient of bias; exact float32 kernels have none"
-    if static.get("dropout_rate"):
-        return f"dropout_rate={static['dropout_rate']}; exact float32 kernels have no dropout"
     return None
 
 

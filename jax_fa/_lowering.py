@@ -162,6 +162,8 @@ def _attributes(static):
     def attribute(name, value):
         if name == "layout":
             return np.int32(_LAYOUTS.index(value))
+        if name == "dropout_rate":
+            return np.float64(value)  # no bit of its mask is rounded away
         if isinstance(value, bool):
             return np.bool_(value)
         return np.float32(value) if isinstance(value, float) else np.int32(value)

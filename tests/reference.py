@@ -211,7 +211,7 @@ def rotary(x, cos, sin, positions, interleaved):
 
 
 def philox(counter, key):
-    """Philox4x32-10 on Python integers (Salmon et al. 2011)."""
+    """Philox4x32-10 on Python integers or arrays of uint64 (Salmon et al. 2011)."""
     word = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -224,19 +224,14 @@ def philox(counter, key):
 
 def dropout_keep(seed, heads, len_q, len_kv, rate, broadcast):
     """bool `[N, T, S]` of one row."""
-    key = tuple(int(x) for x in seed)
-    threshold = round((1 - rate) * 65536)
-    keep = np.zeros((heads, len_q, -(-len_kv // 8) * 8), bool)
-    for n in range(heads):
-        for i in range(len_q):
-            if broadcast and n:
-                keep[n] = keep[0]
-                break
-            for block in range(keep.shape[2] // 8):
-                words = philox((block, i, n, 0), key)
-                lanes = [half for w in words for half in (w & 0xFFFF, w >> 16)]
-                keep[n, i, 8 * block : 8 * block + 8] = np.array(lanes) < threshold
-    return keep[..., :len_kv]
+    blocks = -(-len_kv // 8)
+    n, i, block = np.meshgrid(
+        *(np.arange(x, dtype=np.uint64) for x in (heads, len_q, blocks)), indexing="ij"
+    )
+    words = philox((block, i, n * (not broadcast), 0 * n), tuple(int(x) for x in seed))
+    lanes = np.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], -1)
+    keep = lanes < round((1 - rate) * 65536)
+    return keep.reshape(heads, len_q, 8 * blocks)[..., :len_kv]
 
 
 def assert_close(actual, expected, tolerance, what="", relative=0.0):

@@ -34,18 +34,14 @@ def test_head_dims(head_dim, causal, rng):
     gradients.check_dense(shape, "float32", {"causal": causal}, rng)
 
 
-@pytest.mark.parametrize("names", gpu.PAIRS, ids="-".join)
+@pytest.mark.parametrize("names", cases.PAIRS, ids="-".join)
 def test_features(names, rng):
-    if "dropout" in names:
-        pytest.skip("exact float32 has none")
     shape = cases.Shape(3, 113, 139, 6, 2, 64)
     gpu.check_dense(shape, "float32", cases.options_of(names, rng, shape), rng)
 
 
-@pytest.mark.parametrize("names", [(name,) for name in gpu.FEATURES], ids="-".join)
+@pytest.mark.parametrize("names", [(name,) for name in cases.FEATURES], ids="-".join)
 def test_features_of_gradients(names, rng):
-    if "dropout" in names:
-        pytest.skip("exact float32 has none")
     shape = cases.Shape(3, 113, 139, 6, 2, 64)
     gradients.check_dense(shape, "float32", cases.options_of(names, rng, shape), rng)
 

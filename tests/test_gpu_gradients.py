@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from gpu import DTYPES, FEATURES, PAIRS, same_bits
+from gpu import DTYPES, same_bits
 
 import jax_fa
 
@@ -24,13 +24,15 @@ NAMES = ("dq", "dk", "dv", "dbias", "dsinks")
 
 
 def gradients_of_row(q, k, v, do, dlse, *, scale=None, causal=False, window=None, softcap=None,
-                     slopes=None, sinks=None, bias=None, top_left=False, rounded=None):  # fmt: skip
+                     slopes=None, sinks=None, bias=None, keep=None, dropout_rate=0.0,
+                     top_left=False, rounded=None):  # fmt: skip
     """One row's dq, dk, dv, dbias `[N, T', S']` and dsinks `[N]`, from the formulas, as
     `reference.attention_row` has the forward's."""
     to = reference.rounding_to(rounded)
     options = {
         "scale": scale, "causal": causal, "window": window, "softcap": softcap, "slopes": slopes,
-        "sinks": sinks, "bias": bias, "top_left": top_left,
+        "sinks": sinks, "bias": bias, "keep": keep, "dropout_rate": dropout_rate,
+        "top_left": top_left,
     }  # fmt: skip
     out, lse = reference.attention_row(q, k, v, rounded=rounded, **options)
     q, k, v, do = (to(x) for x in (q, k, v, do))
@@ -55,12 +57,13 @@ def gradients_of_row(q, k, v, do, dlse, *, scale=None, causal=False, window=None
             score += bias[n]
         p = np.where(seen[:, None], np.exp(score - safe[:, None]), 0)
         delta = np.where(seen, (out[:, n] * do[:, n]).sum(-1) - dlse[n], 0)
-        ds = p * (to(do[:, n] @ v[:, n // group].T) - delta[:, None])
+        kept = 1 if keep is None else keep[n] / (1 - dropout_rate)
+        ds = p * (kept * to(do[:, n] @ v[:, n // group].T) - delta[:, None])
         dbias[n] = ds
         inner = to(ds * slope)
         dq[:, n] = to(scale * (inner @ k[:, n // group]))
         dk[:, n // group] += scale * (inner.T @ q[:, n])
-        dv[:, n // group] += to(p).T @ do[:, n]
+        dv[:, n // group] += to(kept * p).T @ do[:, n]
         if sinks is not None:
             dsinks[n] = -(np.where(seen, np.exp(sinks[n] - safe), 0) * delta).sum()
     return dq, to(dk), to(dv), dbias, dsinks
@@ -81,7 +84,7 @@ def mask_of(len_q, len_kv, causal, window, top_left):
 
 
 def oracle(q, k, v, do, dlse, *, q_lengths=None, kv_lengths=None, alibi_slopes=None, sinks=None,
-           bias=None, **options):  # fmt: skip
+           bias=None, dropout_rate=0.0, seeds=None, **options):  # fmt: skip
     """Gradients by name of a dense call; dsinks `[B, N]`, dbias of bias's shape."""
     q, k, v, do, dlse, slopes, sinks, wide = (
         reference.as_float64(x) for x in (q, k, v, do, dlse, alibi_slopes, sinks, bias)
@@ -98,11 +101,15 @@ def oracle(q, k, v, do, dlse, *, q_lengths=None, kv_lengths=None, alibi_slopes=N
     for b in range(batch):
         t = len_q if q_lengths is None else int(q_lengths[b])
         s = len_kv if kv_lengths is None else int(kv_lengths[b])
+        keep = None
+        if dropout_rate:
+            keep = reference.dropout_keep(seeds[b], heads, t, s, dropout_rate, False)
         parts = gradients_of_row(
             q[b, :t], k[b, :s], v[b, :s], do[b, :t], dlse[b, :, :t],
             slopes=None if slopes is None else slopes[b],
             sinks=None if sinks is None else sinks[b],
-            bias=None if wide is None else wide[b, :, :t, :s], **options,
+            bias=None if wide is None else wide[b, :, :t, :s], keep=keep,
+            dropout_rate=dropout_rate, **options,
         )  # fmt: skip
         for x, part, size in zip(grads, parts, (t, s, s)):
             x[b, :size] = part
@@ -169,6 +176,7 @@ def check_dense(shape, dtype, options, rng, **fixed):
     do, dlse = cotangents(rng, q, jnp.dtype(dtype))
     actual = run_dense(q, k, v, do, dlse, options, **fixed)
     assert all(actual[name].dtype == jnp.dtype(dtype) for name in NAMES[:3])
+    options = cases.oracle_options(options, shape.batch)
     low = oracle(q, k, v, do, dlse, rounded=jnp.dtype(dtype), **options)
     compare(actual, oracle(q, k, v, do, dlse, **options), low, dtype)
 
@@ -184,13 +192,13 @@ def test_head_dims(head_dim, dtype, deterministic, rng):
     check_dense(shape, dtype, {"causal": True}, rng, deterministic=deterministic)
 
 
-@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@pytest.mark.parametrize("names", cases.PAIRS, ids="-".join)
 def test_features(names, rng):
     shape = cases.Shape(3, 113, 139, 6, 2, 64)
     check_dense(shape, "bfloat16", cases.options_of(names, rng, shape), rng)
 
 
-@pytest.mark.parametrize("names", [(name,) for name in FEATURES], ids="-".join)
+@pytest.mark.parametrize("names", [(name,) for name in cases.FEATURES], ids="-".join)
 def test_features_without_atomics(names, rng):
     shape = cases.Shape(3, 113, 139, 6, 2, 64)
     options = cases.options_of(names, rng, shape)
@@ -199,7 +207,13 @@ def test_features_without_atomics(names, rng):
 
 @pytest.mark.parametrize(
     "names",
-    [("causal", "softcap"), ("bias", "sinks"), ("window", "alibi", "kv_lengths")],
+    [
+        ("causal", "softcap"),
+        ("bias", "sinks"),
+        ("window", "alibi", "kv_lengths"),
+        ("dropout",),
+        ("causal", "softcap", "dropout"),
+    ],
     ids="-".join,
 )
 @pytest.mark.parametrize(
@@ -348,7 +362,8 @@ LENGTHS_Q, LENGTHS_K = [0, 70, 1, 0, 129, 5], [3, 70, 200, 0, 131, 0]
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
-    "names", [(), ("causal",), ("causal", "sinks"), ("window", "softcap"), ("causal", "alibi")],
+    "names", [(), ("causal",), ("causal", "sinks"), ("window", "softcap"), ("causal", "alibi"),
+              ("causal", "dropout")],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float16", 128), ("float32", 72)])
@@ -378,12 +393,14 @@ def test_varlen(dtype, head_dim, names, deterministic, rng):
             rows[b, : end - start] = reference.as_float64(x)[start:end]
         return rows
 
+    wanted = cases.oracle_options(options, 6)
+
     def expected(rounded):
         lengths = {"q_lengths": LENGTHS_Q, "kv_lengths": LENGTHS_K}
         padded = (rows_of(x, cu, n) for x, cu, n in (
             (q, cu_q, 129), (k, cu_k, 200), (v, cu_k, 200), (do, cu_q, 129)))  # fmt: skip
         rows_lse = np.moveaxis(rows_of(np.asarray(dlse).T, cu_q, 129), 1, 2)
-        out = oracle(*padded, rows_lse, rounded=rounded, **lengths, **options)
+        out = oracle(*padded, rows_lse, rounded=rounded, **lengths, **wanted)
         for name, lengths, total in (
             ("dq", LENGTHS_Q, total_q), ("dk", LENGTHS_K, total_k), ("dv", LENGTHS_K, total_k)
         ):  # fmt: skip
@@ -400,13 +417,15 @@ def test_varlen(dtype, head_dim, names, deterministic, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (250, 40)}], ids=str)
+@pytest.mark.parametrize(
+    "mask", [{}, {"causal": True}, {"window": (250, 40)}, {"dropout_rate": 0.2}], ids=str
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_deterministic_reruns_have_the_same_bits(with_bias, mask, head_dim, dtype, rng):
     shape = cases.Shape(5, 439, 1517, 8, 4, head_dim)  # more tiles of keys than multiprocessors
     q, k, v = cases.qkv(rng, shape, jnp.dtype(dtype))
     do, dlse = cotangents(rng, q, jnp.dtype(dtype))
-    options = {"sinks": cases.normal(rng, 8), **mask}
+    options = {"sinks": cases.normal(rng, 8), "dropout_rng": jax.random.key(5), **mask}
     if with_bias:
         options["bias"] = cases.normal(rng, 1, 1, 1, 1)
     first = run_dense(q, k, v, do, dlse, options, deterministic=True)
@@ -509,3 +528,5 @@ def test_sanitize_gradients(head_dim, dtype, deterministic, rng):
     options = cases.options_of(names, rng, shape)
     check_dense(shape, dtype, options, rng, deterministic=deterministic)
     check_dense(shape, dtype, {"causal": True}, rng, deterministic=deterministic)
+    dropout = cases.options_of(("causal", "dropout"), rng, shape)
+    check_dense(shape, dtype, dropout, rng, deterministic=deterministic)

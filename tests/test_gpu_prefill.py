@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import reference
-from gpu import DTYPES, LENGTHS_K, LENGTHS_Q, PAIRS, check, check_dense, run_dense, same_bits
+from gpu import DTYPES, LENGTHS_K, LENGTHS_Q, check, check_dense, run_dense, same_bits
 
 import jax_fa
 
@@ -21,7 +21,7 @@ def test_head_dims(head_dim, dtype, causal, rng):
     check_dense(cases.Shape(1, 113, 217, 4, 2, head_dim), dtype, {"causal": causal}, rng)
 
 
-@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@pytest.mark.parametrize("names", cases.PAIRS, ids="-".join)
 def test_features(names, rng):
     shape = cases.Shape(3, 113, 139, 6, 2, 64)
     check_dense(shape, "bfloat16", cases.options_of(names, rng, shape), rng)
@@ -29,10 +29,18 @@ def test_features(names, rng):
 
 @pytest.mark.parametrize(
     "names",
-    [("causal", "softcap"), ("bias", "sinks"), ("window", "alibi", "kv_lengths")],
+    [
+        ("causal", "softcap"),
+        ("bias", "sinks"),
+        ("window", "alibi", "kv_lengths"),
+        ("causal", "softcap", "dropout"),
+    ],
     ids="-".join,
 )
-@pytest.mark.parametrize("dtype, head_dim", [("float16", 128), ("float32", 96), ("bfloat16", 256)])
+@pytest.mark.parametrize(
+    "dtype, head_dim",
+    [("float16", 128), ("float32", 96), ("float32", 256), ("bfloat16", 80), ("bfloat16", 256)],
+)
 def test_features_of_other_dtypes(dtype, head_dim, names, rng):
     shape = cases.Shape(2, 67, 131, 4, 4, head_dim)
     check_dense(shape, dtype, cases.options_of(names, rng, shape), rng)
@@ -115,13 +123,21 @@ def test_packed_buffers(rng):
 
 @pytest.mark.parametrize(
     "names",
-    [(), ("causal",), ("causal", "sinks"), ("window", "softcap"), ("causal", "alibi")],
+    [
+        (),
+        ("causal",),
+        ("causal", "sinks"),
+        ("window", "softcap"),
+        ("causal", "alibi"),
+        ("causal", "dropout"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float16", 128), ("float32", 72)])
 def test_varlen(dtype, head_dim, names, rng):
     shape = cases.Shape(6, 129, 200, 4, 2, head_dim)
     options = cases.options_of(names, rng, shape)
+    expected = cases.oracle_options(options, 6)
     q = cases.normal(rng, 210, 4, head_dim, dtype=jnp.dtype(dtype))
     k, v = (cases.normal(rng, 420, 2, head_dim, dtype=jnp.dtype(dtype)) for _ in "kv")
     cu_q, cu_k = cases.cu_seqlens(LENGTHS_Q), cases.cu_seqlens(LENGTHS_K)
@@ -135,7 +151,7 @@ def test_varlen(dtype, head_dim, names, rng):
     actual = call(q, k, v)
     check(
         actual,
-        lambda rounded: reference.varlen(q, k, v, cu_q, cu_k, rounded=rounded, **options),
+        lambda rounded: reference.varlen(q, k, v, cu_q, cu_k, rounded=rounded, **expected),
         dtype, 3 if "softcap" in names else 2,
     )  # fmt: skip
     poisoned = (q.at[205:].set(jnp.nan), *(x.at[404:].set(jnp.nan) for x in (k, v)))

@@ -21,6 +21,7 @@ def test_sanitize_dense(head_dim, dtype, rng):
         ("causal", "softcap", "alibi", "sinks", "bias", "kv_lengths"), rng, shape
     )
     check_dense(shape, dtype, options, rng)
+    check_dense(shape, dtype, cases.options_of(("causal", "dropout"), rng, shape), rng)
 
 
 @pytest.mark.sanitize

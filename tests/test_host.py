@@ -77,6 +77,20 @@ def test_tiles_are_skipped_only_where_unseen_and_unmasked_only_where_all_seen():
     assert kinds == {"skip", "partial", "full"}
 
 
+def test_philox_known_answers():
+    """Vectors of the authors' Random123 distribution."""
+    ones = 0xFFFFFFFF
+    for counter, key, expected in (
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([ones] * 4, [ones] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ):  # fmt: skip
+        assert _jax_fa.philox(counter, key) == expected
+
+
 @pytest.mark.parametrize("longest_first", [False, True])
 def test_hopper_takes_each_tile_once_and_the_longest_of_a_section_first(longest_first):
     rng = np.random.default_rng(3)
@@ -135,6 +149,23 @@ def test_arch_forces_the_portable_tier(arch, kernels):
     )
     out = _python(code, arch)
     assert out.stdout.split() == [*kernels, "sm80/fwd", "sm80/bwd_keys"], out.stderr
+
+
+@pytest.mark.parametrize("device, tier", [("h200", "sm90"), ("a100", "sm80")])
+def test_dropout_has_kernels_and_tiles_of_its_own(device, tier):
+    q = jax.ShapeDtypeStruct((2, 4096, 16, 128), jnp.bfloat16)
+
+    def explained(**options):
+        def loss(q):
+            return jax_fa.flash_attention(q, q, q, **options).astype(jnp.float32).sum()
+
+        return jax_fa.explain(jax.grad(loss), q, device=device)
+
+    plain = explained()
+    dropped = explained(dropout_rate=0.1, dropout_rng=jax.random.key(0))
+    assert [call.kernel[:4] for call in dropped] == [tier] * 2
+    assert [call.kernel for call in dropped] == [call.kernel for call in plain]
+    assert dropped[0].tile[1] < plain[0].tile[1]  # fewer keys: registers for general scores
 
 
 @pytest.mark.parametrize(
@@ -289,6 +320,22 @@ def test_explain_of_a_gradient_names_its_kernels():
     assert kernels(jnp.bfloat16, "h200", 256, deterministic=True) == ["sm90/fwd", both]
     bias = jnp.zeros((1, 1, 64, 64))
     assert kernels(jnp.bfloat16, "h200", bias=bias) == ["sm80/fwd", "sm80/bwd_keys"]
+
+
+def test_explain_of_exact_float32_names_its_kernels():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 128), jnp.float32)
+
+    def loss(q, bias=None):
+        return jax_fa.flash_attention(q, q, q, bias=bias).sum()
+
+    with jax.default_matmul_precision("highest"):
+        calls = jax_fa.explain(jax.grad(loss), q, device="h200")
+        of_bias = jax_fa.explain(jax.grad(loss, 1), q, jnp.zeros((1, 1, 64, 64)), device="h200")
+    assert [call.kernel for call in calls] == ["float32/attention"] * 2
+    assert [call.tile for call in calls] == [(64, 64, 128), (32, 32, 128)]
+    assert of_bias[1].kernel == "reference" and "gradient of bias" in of_bias[1].reason
+    (call,) = jax_fa.explain(loss, q.update(dtype=jnp.bfloat16), device="h200")
+    assert call.kernel == "sm90/fwd"
 
 
 def test_explain_of_a_gradient_without_a_kernel_names_xla():

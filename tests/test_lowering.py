@@ -222,10 +222,6 @@ UNCOVERED = {
     "H=260": (dense(*wide(260)), f"head dim 260; kernels take multiples of 8 up to {MOST}"),
     "H=264": (dense(*wide(264)), f"head dim 264; kernels take multiples of 8 up to {MOST}"),
     "H=36": (dense(*wide(36)), f"head dim 36; kernels take multiples of 8 up to {MOST}"),
-    "dropout": (
-        dense(dropout_rate=0.5, dropout_rng=jax.random.key(0)),
-        "dropout_rate=0.5; kernels have no dropout",
-    ),
 }
 
 
@@ -254,6 +250,13 @@ def test_scales_that_no_kernel_reads_say_why():
         axes = (jax_fa.QuantizedArray(0, None),)
         fn = jax.vmap(lambda k: jax_fa.flash_attention(q, k, k), axes)
         lower(fn, jax_fa.QuantizedArray(values, scale))
+
+
+def test_dropout_over_quantized_keys_says_why():
+    q = jnp.ones(Q, jnp.bfloat16)
+    options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
+    with pytest.raises(NotImplementedError, match="dropout over int8 keys; kernels have it for"):
+        quantized(KV, (2, 2, 128, 1), lambda k: jax_fa.flash_attention(q, k, k, **options))
 
 
 def test_more_rows_than_a_grid_has_say_why():
@@ -298,8 +301,7 @@ def test_the_same_call_lowers_for_both_platforms():
 def test_every_option_lowers(rng):
     shape = cases.Shape(2, 128, 128, 8, 2, 64)
     q, k, v = cases.qkv(rng, shape, jnp.bfloat16)
-    names = [name for name in cases.FEATURES if name != "dropout"]
-    options = cases.options_of(names, rng, shape)
+    options = cases.options_of(cases.FEATURES, rng, shape)
     text = lower(
         lambda q, k, v: jax_fa.flash_attention(q, k, v, return_lse=True, **options), q, k, v
     )

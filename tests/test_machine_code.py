@@ -11,7 +11,14 @@ import pytest
 
 from jax_fa import _jax_fa
 
-KINDS = ["full", "masked", "general", "quantized", "quantized general"]  # FwdClass, in its order
+KINDS = [
+    "full",
+    "masked",
+    "general",
+    "quantized",
+    "quantized general",
+    "dropout",
+]  # FwdClass, in its order
 DTYPES = {"float16": 0, "bfloat16": 1}  # DType
 
 
@@ -71,6 +78,16 @@ def _products(instructions):
     return [operands for _, name, operands in instructions if name.startswith("HGMMA")]
 
 
+def _draws_under_products(instructions):
+    """Whether every long run of wide products comes after a matrix product, before its wait."""
+    marks = {"HGMMA": "p", "WARPGROUP.DEPBAR": "w", "IMAD.WIDE.U32": "d"}
+    order = "".join(
+        marks.get(re.match(r"HGMMA|[\w.]*\w", name)[0], "") for _, name, _ in instructions
+    )
+    draws = list(re.finditer("d{30,}", order))
+    return draws and all(order[d.start() - 1] == "p" and order[d.end()] == "w" for d in draws)
+
+
 def _count(instructions):
     count = collections.Counter(name.split(".")[0] for _, name, _ in instructions)
     assert count["LDL"] == count["STL"] == 0
@@ -91,14 +108,18 @@ def test_hopper_forward_multiplies_and_copies_as_written(dim, dtype, kind):
     assert any("tnspB" not in p for p in products)  # q k
     # a group of products each, waited for once: else they would run one by one
     assert sum("gsb0" in p for p in products) == 2
+    if kind == "dropout":
+        assert _draws_under_products(instructions)
     assert _loop_with(instructions, "UTMALDG")
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [dim for dim in _jax_fa.head_dims if dim <= 128])
-def test_hopper_backward_multiplies_and_copies_as_written(dim, dtype, general):
-    part = f"15HopperBwdTraitsILi{dim}ELNS_5DTypeE{DTYPES[dtype]}ELb{int(general)}E"
+def test_hopper_backward_multiplies_and_copies_as_written(dim, dtype, general, dropout):
+    part = f"15HopperBwdTraitsILi{dim}ELNS_5DTypeE{DTYPES[dtype]}"
+    part += f"ELb{int(general)}ELb{int(dropout)}E"
     instructions = _instructions(_kernel(part))
     # the producers and those of dq give registers back, those of keys take them
     assert _count(instructions)["USETMAXREG"] == 3
@@ -106,5 +127,7 @@ def test_hopper_backward_multiplies_and_copies_as_written(dim, dtype, general):
     products = _products(instructions)
     assert sum("gsb0" in p for p in products) == 5  # a group each, for s, dp, dv, dk and dq
     assert any("tnspA" in p for p in products)  # ds^T k
+    if dropout:
+        assert _draws_under_products(instructions)
     assert _loop_with(instructions, "UTMALDG")
     assert _loop_with(instructions, "UBLKRED")  # dq is added by bulk copies

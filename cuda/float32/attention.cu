@@ -23,10 +23,13 @@
 // One kernel owns K_j and V_j and walks i, the other owns Q_i and walks j: S and dP are formed
 // twice, but no sum crosses thread blocks, and each has one order.
 //
+// Dropout multiplies P by 0 or 1 / (1 - rate) in O and dV, and dP by the same.
+//
 // A product is shared by 16 x 16 threads. Of a block of scores, thread (x, y) has the elements
 // (y + 16 r, x + 16 c), of a block of rows the rows y + 16 r and four dims from 4 x + 64 t on.
 #include "../launch.cuh"
 #include "../mask.cuh"
+#include "../philox.h"
 #include "../rows.cuh"
 #include "../score.cuh"
 #include "../sm80/bwd_walk.cuh"
@@ -213,6 +216,17 @@ __device__ void apply_score(typename B::Block& s, const GeneralScore& score, int
   });
 }
 
+// What dropout makes of the probability of query i and key j: 0, or 1 / (1 - rate) times itself. A
+// call of Philox draws for 8 keys, and is made here for each.
+__device__ float dropout_factor(const GeneralScore& score, int i, int j) {
+  const AttentionParams& p = score.params;
+  uint4 drawn[1] = {make_uint4(j / 8, i, p.dropout_heads ? score.head : 0, 0)};
+  philox(drawn, reinterpret_cast<const uint2*>(p.seeds)[score.b]);
+  const auto [w0, w1, w2, w3] = drawn[0];
+  const uint32_t word = j % 8 < 4 ? (j % 4 < 2 ? w0 : w1) : (j % 4 < 2 ? w2 : w3);
+  return int(word >> j % 2 * 16 & 0xffff) < p.dropout_keep ? p.dropout_scale : 0.f;
+}
+
 // --- forward ---
 
 template <class B>
@@ -273,6 +287,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (float4& x : o[r]) x = {rescale * x.x, rescale * x.y, rescale * x.z, rescale * x.w};
     }
+    if (p.seeds) {  // l is without dropout
+      for_each_score<B>(s, tile.row0, j0,
+                        [&](float& x, int i, int j) { x *= dropout_factor(score, i, j); });
+    }
 
     __syncthreads();  // all threads are done with K_j
     share<B, false>(shared.p, s);
@@ -326,8 +344,8 @@ __device__ void load_queries(BackwardStorage<B>& shared, const BackwardParams& p
           [&](int row) { return gDo + (token0 + i0 + row) * stride; });
 }
 
-// P_ij and dS_ij of blocks that are in shared memory. gRows: {L_i in log2 units, D_i} of the row's
-// queries.
+// P_ij (what dropout leaves of it) and dS_ij of blocks that are in shared memory. gRows: {L_i in
+// log2 units, D_i} of the row's queries.
 template <class B>
 __device__ void score_gradients(typename B::Block& p, typename B::Block& ds,
                                 const BackwardStorage<B>& shared, const AttentionParams& fwd,
@@ -351,8 +369,10 @@ __device__ void score_gradients(typename B::Block& p, typename B::Block& ds,
     for (int c = 0; c < B::kM; ++c) {
       const int j = j0 + thread_x() + c * kSide;
       const bool seen = i < score.len_q && j >= score.mask.lo(i) && j < score.mask.hi(i);
+      const float factor = fwd.seeds ? dropout_factor(score, i, j) : 1.f;
       p[r][c] = seen ? exp2f(fmaf(p[r][c], kLog2e, -row.x)) : 0.f;
-      ds[r][c] = seen ? p[r][c] * (ds[r][c] - row.y) * slope[r][c] : 0.f;
+      ds[r][c] = seen ? p[r][c] * (factor * ds[r][c] - row.y) * slope[r][c] : 0.f;
+      p[r][c] *= factor;
     }
   }
 }

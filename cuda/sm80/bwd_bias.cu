@@ -85,7 +85,7 @@ __device__ inline void make_plan(BlockPlan& plan, const AttentionParams& fwd,
 }
 
 // The scores of one batch row.
-template <class Traits>
+template <class Traits, class Score>
 struct Scores {
   using Element = typename Traits::Element;
 
@@ -137,13 +137,13 @@ struct Scores {
     if (kind == TileMask::kSkip) return;
     OwnedQueries<Traits> queries;
     queries.load(params, tile, warp_row);
-    ScoreGradients<Traits, GeneralScore> s;
-    const GeneralScore score(params.fwd, tile.b, tile.head, tile.len_q, mask);
+    ScoreGradients<Traits, Score> s;
+    const Score score(params.fwd, tile.b, tile.head, tile.len_q, mask);
     gemm_qk<Traits>(s.p, ptx::shared_address(shared.q[warp_row]), ptx::shared_address(shared.k));
     s.apply_softmax(score, mask, tile.len_q, place, kind, queries);
     gemm_qk<Traits>(s.ds, ptx::shared_address(shared.dout[warp_row]),
                     ptx::shared_address(shared.v));
-    s.apply_gradient(queries);
+    s.apply_gradient(score, queries);
 #pragma unroll
     for (int m = 0; m < Traits::kMTiles; ++m) {
 #pragma unroll
@@ -237,7 +237,7 @@ struct Output {
   }
 };
 
-template <class Traits>
+template <class Traits, class Score>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.blocks_per_sm)
     bwd_bias_sm80(const __grid_constant__ BackwardParams params) {
   extern __shared__ __align__(128) unsigned char raw_shared[];
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.blocks_per_sm)
   if (threadIdx.x == 0) make_plan(shared.plan, fwd, BiasGrid<Traits>(params).work(params));
   __syncthreads();  // the plan is written
   const BiasWork& work = shared.plan.work;
-  const Scores<Traits> scores{params, shared};
+  const Scores<Traits, Score> scores{params, shared};
 
   // Along axes of size 1 everything adds to the one output tile.
   const auto range = [](int size, int all, int i, int tile) {
@@ -278,18 +278,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.blocks_per_sm)
   }
 }
 
-template <int kHeadDim, DType kDType>
-cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream) {
-  using Tile = BiasTraits<kHeadDim, kDType>;
+template <class Tile, class Score>
+cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
   const int64_t blocks = BiasGrid<Tile>(params).blocks(params);
   if (blocks == 0) return cudaSuccess;
   constexpr int kBytes = sizeof(SharedStorage<Tile>);
-  const auto kernel = bwd_bias_sm80<Tile>;
+  const auto kernel = bwd_bias_sm80<Tile, Score>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   kernel<<<unsigned(blocks), Tile::kThreads, kBytes, stream>>>(params);
   return cudaGetLastError();
+}
+
+template <int kHeadDim, DType kDType>
+cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream) {
+  using Tile = BiasTraits<kHeadDim, kDType>;
+  return params.fwd.seeds ? launch<Tile, Dropped<GeneralScore>>(params, stream)
+                          : launch<Tile, GeneralScore>(params, stream);
 }
 
 template cudaError_t launch_bwd_bias_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(

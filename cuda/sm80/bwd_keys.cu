@@ -65,11 +65,15 @@ struct Consumer {
       gemm_qk<Traits>(s.p, ptx::shared_address(shared.k[warp_row]), sQ);
       load_next();
       s.apply_softmax(score, plan.mask, plan.len_q, place, kind, queries);
-      if constexpr (Traits::kDv) gemm_pv<Traits>(dv, s.p, sDout);
+      if constexpr (Traits::kDv && !Score::kDropout) gemm_pv<Traits>(dv, s.p, sDout);
       if constexpr (Traits::kDk) {
         gemm_qk<Traits>(s.ds, ptx::shared_address(shared.v[warp_row]), sDout);
-        s.apply_gradient(queries);
+        s.apply_gradient(score, queries);
         s.apply_slope();
+      }
+      if constexpr (Traits::kDv && Score::kDropout) {
+        s.apply_dropout();
+        gemm_pv<Traits>(dv, s.p, sDout);
       }
     }
     if (kind == TileMask::kSkip) load_next();
@@ -98,11 +102,12 @@ struct Consumer {
     };
     const uint32_t sRows = ptx::shared_address(shared.k[warp_row]);
     if constexpr (Traits::kDk) {
-      scale_output<Traits>(dk, fwd.scale);
+      scale_tile(dk, fwd.scale);
       store_o<Traits>(out(params.dk, fwd.head_dim), dk, warp_row, sRows);
     }
     if constexpr (Traits::kDk && Traits::kDv) __syncwarp();  // the rows of dk are read
     if constexpr (Traits::kDv) {
+      if constexpr (Score::kDropout) scale_tile(dv, fwd.dropout_scale);
       store_o<Traits>(out(params.dv, fwd.head_dim_v), dv, warp_row, sRows);
     }
   }
@@ -175,6 +180,8 @@ cudaError_t launch_gradients(const BackwardParams& params, cudaStream_t stream) 
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_keys_sm80(const BackwardParams& params, cudaStream_t stream) {
+  if (params.fwd.seeds)
+    return launch_gradients<kHeadDim, kDType, true, Dropped<GeneralScore>>(params, stream);
   return bwd_general(params.fwd)
              ? launch_gradients<kHeadDim, kDType, true, GeneralScore>(params, stream)
              : launch_gradients<kHeadDim, kDType, false, ScaledScore>(params, stream);

@@ -105,7 +105,7 @@ struct Consumer {
     s.apply_softmax(score, plan.mask, tile.len_q, place, kind, queries);
     gemm_qk<Traits>(s.ds, ptx::shared_address(shared.dout[warp_row]),
                     ptx::shared_address(shared.v[stage]));
-    s.apply_gradient(queries);
+    s.apply_gradient(score, queries);
     s.apply_slope();
     gemm_pv<Traits>(dq, s.ds, sK);
   }
@@ -115,7 +115,7 @@ struct Consumer {
     const AttentionParams& fwd = params.fwd;
     auto* gDq = static_cast<typename Traits::Element*>(params.dq) +
                 tile.token0 * params.dq_token_stride + tile.head * fwd.q_head_stride;
-    scale_output<Traits>(dq, fwd.scale);
+    scale_tile(dq, fwd.scale);
     __syncwarp();  // every lane has read the queries, whose place store_o takes
     store_o<Traits>(TileRows<Traits>{gDq, params.dq_token_stride, tile.rows, fwd.head_dim}, dq,
                     warp_row, ptx::shared_address(shared.q[warp_row]));
@@ -184,6 +184,8 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t stream) {
+  if (params.fwd.seeds)
+    return launch<QueryTraits<kHeadDim, kDType, true>, Dropped<GeneralScore>>(params, stream);
   return bwd_general(params.fwd)
              ? launch<QueryTraits<kHeadDim, kDType, true>, GeneralScore>(params, stream)
              : launch<QueryTraits<kHeadDim, kDType, false>, ScaledScore>(params, stream);

@@ -7,8 +7,13 @@
 //
 // A kernel that owns keys holds the transposes, rows of keys by columns of queries. So p^T and ds^T
 // lie in registers as the left operand of the next product needs them.
+//
+// Dropout takes some of p and of dp, here m, and the rest counts c = 1 / (1 - rate) times:
+//
+//     dv = (c m p)^T dout    ds = p * (c m dp - delta) * d(score) / d(scale * q.k)
 #pragma once
 
+#include "../dropout.cuh"
 #include "../mask.cuh"
 #include "../score.cuh"
 #include "bwd_tiles.h"
@@ -124,18 +129,35 @@ __device__ TileMask classify_scores(const IntervalMask& mask, ScorePlace place, 
   return kind == TileMask::kFull && query1 > len_q ? TileMask::kPartial : kind;
 }
 
+template <int kMTiles, int kNTiles>
+__device__ void scale_tile(float (&x)[kMTiles][kNTiles][4], float scale) {
+#pragma unroll
+  for (auto& row : x) {
+#pragma unroll
+    for (auto& tile : row) {
+#pragma unroll
+      for (float& y : tile) y *= scale;
+    }
+  }
+}
+
 // Scores of one warp, then their probabilities and gradients in the same place.
 template <class Traits, class Score>
 struct ScoreGradients {
   static_assert(Traits::kWarpM % 16 == 0);
   ScoreTile<Traits> p, ds;
-  ScoreTile<Traits> slope;  // unused by a score without one
+  ScoreTile<Traits> slope;                                    // unused by a score without one
+  Survivors<Traits::kMTiles, Traits::kBlockN / 8> survivors;  // unused without dropout
 
   // p holds q.k; becomes the probability.
   template <class Queries>
   __device__ void apply_softmax(const Score& score, const IntervalMask& mask, int len_q,
                                 ScorePlace place, TileMask kind, const Queries& queries) {
     const auto for_each = [&](auto f) { for_each_score<Traits>(p, place, f); };
+    if constexpr (Score::kDropout) {
+      const Dropout dropout(score.params, score.b, score.head);
+      survivors.template draw<Traits::kOwnsKeys>(dropout, place.row0, place.col0);
+    }
     score.cap(for_each);
     if constexpr (Score::kHasSlope) {
       queries.for_each(
@@ -159,10 +181,19 @@ struct ScoreGradients {
 
   // ds holds dp; becomes the gradient of the score, which is that of bias.
   template <class Queries>
-  __device__ void apply_gradient(const Queries& queries) {
+  __device__ void apply_gradient(const Score& score, const Queries& queries) {
+    if constexpr (Score::kDropout) {
+      survivors.apply(ds);
+      scale_tile(ds, score.params.dropout_scale);
+    }
     queries.for_each([&](int m, int n, int e, float, float delta) {
       ds[m][n][e] = p[m][n][e] * (ds[m][n][e] - delta);
     });
+  }
+
+  // What dv sums over, but for its factor.
+  __device__ void apply_dropout() {
+    if constexpr (Score::kDropout) survivors.apply(p);
   }
 
   __device__ void clear() {
@@ -190,18 +221,6 @@ struct ScoreGradients {
     }
   }
 };
-
-template <class Traits>
-__device__ void scale_output(OutputTile<Traits>& x, float scale) {
-#pragma unroll
-  for (auto& row : x) {
-#pragma unroll
-    for (auto& tile : row) {
-#pragma unroll
-      for (float& y : tile) y *= scale;
-    }
-  }
-}
 
 // Starts the copy of `rows` of walked queries' {lse_log2, delta}; past them both become 0.
 template <int kRows>

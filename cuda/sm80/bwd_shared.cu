@@ -85,8 +85,9 @@ struct Consumer {
       load_next();
       s.apply_softmax(score, plan.mask, plan.len_q, place, kind, queries);
       gemm_qk<ScoreTraits>(s.ds, ptx::shared_address(shared.v[row]), sDout);
-      s.apply_gradient(queries);
+      s.apply_gradient(score, queries);
       s.apply_slope();
+      s.apply_dropout();
     }
     store_scores<Traits>(ptx::shared_address(shared.p), s.p, row, col);
     store_scores<Traits>(ptx::shared_address(shared.ds), s.ds, row, col);
@@ -110,7 +111,7 @@ struct Consumer {
   // Through shared memory, so that whole lines are stored.
   __device__ void finish() {
     write(ptx::shared_address(shared.k), dk, params.fwd.scale);
-    write(ptx::shared_address(shared.v), dv, 1.f);
+    write(ptx::shared_address(shared.v), dv, Score::kDropout ? params.fwd.dropout_scale : 1.f);
     __syncthreads();  // every warp's part is written
     store(params.dk, ptx::shared_address(shared.k), params.fwd.head_dim);
     store(params.dv, ptx::shared_address(shared.v), params.fwd.head_dim_v);
@@ -218,6 +219,8 @@ cudaError_t launch_staged(const BackwardParams& params, int stages, cudaStream_t
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_shared_sm80(const BackwardParams& params, int stages, cudaStream_t stream) {
+  if (params.fwd.seeds)
+    return launch_staged<kHeadDim, kDType, true, Dropped<GeneralScore>>(params, stages, stream);
   return bwd_general(params.fwd)
              ? launch_staged<kHeadDim, kDType, true, GeneralScore>(params, stages, stream)
              : launch_staged<kHeadDim, kDType, false, ScaledScore>(params, stages, stream);

@@ -12,6 +12,7 @@
 //                   o = o * rescale + p V(n)
 //
 // Other blocks of the SM fill the waits.
+#include "../dropout.cuh"
 #include "../launch.cuh"
 #include "../mask.cuh"
 #include "../score.cuh"
@@ -198,6 +199,17 @@ struct Consumer {
     }
   }
 
+  // What is dropped weighs no value, and stays in the sums.
+  __device__ void apply_dropout(int key0) {
+    if constexpr (Score::kDropout) {
+      const QueryTile& tile = shared.plan.tile;
+      Survivors<kMTiles, kBlockN / 8> survivors;
+      survivors.template draw<false>(Dropout(params, tile.b, tile.head), tile.row0 + warp_row,
+                                     key0);
+      survivors.apply(s);
+    }
+  }
+
   // Closes the softmax and writes the rows; what is no query of any row gets o = 0, lse = -inf.
   __device__ void finish() {
     const QueryTile& tile = shared.plan.tile;
@@ -210,7 +222,8 @@ struct Consumer {
       for (int h = 0; h < 2; ++h) {
         const int row = warp_row + m * 16 + h * 8 + threadIdx.x % 32 / 4;
         const bool query = tile.row0 + row < tile.len_q;
-        const auto result = softmax.finish(m, h, score().to_log2(), sink);
+        auto result = softmax.finish(m, h, score().to_log2(), sink);
+        if constexpr (Score::kDropout) result.normalize *= params.dropout_scale;
         if (threadIdx.x % 4 == 0 && row < out.rows) out.gLse[row] = query ? result.lse : -INFINITY;
 #pragma unroll
         for (auto& dims : o[m]) {
@@ -272,6 +285,7 @@ __device__ __forceinline__ void step(const Producer& producer, Consumer& consume
   consumer.apply_score(n * kBlockN);
   if (kind == TileMask::kPartial) consumer.apply_mask(n * kBlockN);
   consumer.apply_softmax();
+  consumer.apply_dropout(n * kBlockN);
   consumer.multiply_values();
 }
 
@@ -330,6 +344,7 @@ cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream) 
   using General = Traits<kHeadDim, kDType, true>;
   using Plain = Traits<kHeadDim, kDType, false>;
   if (fwd_sm80_quantized(params)) return launch_tiles<General, GeneralScore, true>(params, stream);
+  if (params.seeds) return launch_tiles<General, Dropped<GeneralScore>, false>(params, stream);
   return fwd_sm80_general(params) ? launch_tiles<General, GeneralScore, false>(params, stream)
                                   : launch_tiles<Plain, ScaledScore, false>(params, stream);
 }

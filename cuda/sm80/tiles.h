@@ -39,7 +39,8 @@ inline bool fwd_sm80_quantized(const AttentionParams& p) {
 
 // Whether the call takes the instance for any score, or the one for a positive scale and no more.
 inline bool fwd_sm80_general(const AttentionParams& p) {
-  return fwd_sm80_quantized(p) || p.scale <= 0 || p.softcap != 0 || p.alibi_slopes || p.bias;
+  return fwd_sm80_quantized(p) || p.scale <= 0 || p.softcap != 0 || p.alibi_slopes || p.bias ||
+         p.seeds;
 }
 
 // A section is a set of (batch row, head) pairs whose keys and values fit L2 together. The grid

@@ -30,8 +30,9 @@ struct HopperTraits {
   static constexpr int kOthers = 1 + kDequantizers;  // warpgroups before those of consumers
   static constexpr int kThreads = 128 * (kConsumers + kOthers);
   static constexpr bool kMasked = kClass != FwdClass::kFull;
+  static constexpr bool kDropout = kClass == FwdClass::kDropout;
   static constexpr bool kGeneral =
-      kClass == FwdClass::kGeneral || kClass == FwdClass::kQuantizedGeneral;
+      kClass == FwdClass::kGeneral || kClass == FwdClass::kQuantizedGeneral || kDropout;
   // Whether a tile of keys can be past all that one warpgroup's queries see, and not another's.
   static constexpr bool kSkips = kBlockM > kBlockN;
 

@@ -30,6 +30,7 @@
 //
 // Barriers come in pairs, `full` and `empty`, for keys, values, each buffer of queries, of ds, of
 // terms of dq and of descriptions of work.
+#include "../dropout.cuh"
 #include "../softmax.cuh"
 #include "bwd_block.cuh"
 #include "bwd_producer.cuh"
@@ -62,6 +63,7 @@ struct KeyConsumer {
   float s[kBlockN / 2], dp[kBlockN / 2];
   uint32_t p[kBlockN / 4], ds[kBlockN / 4];
   uint32_t slope[Score::kHasSlope ? kBlockN / 4 : 1];  // p times the score's derivative
+  Survivors<1, kBlockN / 8> survivors;                 // unused without dropout
 
   __device__ KeyConsumer(const HopperBwdParams& params, Storage& shared)
       : hopper(params), shared(shared) {}
@@ -133,6 +135,15 @@ struct KeyConsumer {
     return {max(seen.lo, INT_MIN / 2) - offset, {len > 0 ? hi : INT_MIN, len > 8 ? hi : INT_MIN}};
   }
 
+  // What survives of a tile of scores: while their product runs.
+  __device__ void draw(int head, int row0) {
+    if constexpr (Traits::kDropout) {
+      const KeyWork& work = this->work();
+      survivors.template draw<true>(Dropout(params.fwd, work.b, head),
+                                    work.keys.row0 + row - lane / 4, row0);
+    }
+  }
+
   // s to p; kHidden: some queries may not see some keys.
   template <bool kHidden>
   __device__ void apply_softmax(int head, int row0) {
@@ -185,6 +196,11 @@ struct KeyConsumer {
 
   // dp to ds.
   __device__ void apply_gradient() {
+    if constexpr (Traits::kDropout) {
+      survivors.apply(reinterpret_cast<float (&)[1][kBlockN / 8][4]>(dp));
+#pragma unroll
+      for (float& x : dp) x *= params.fwd.dropout_scale;
+    }
 #pragma unroll
     for (int t = 0; t < kBlockN / 8; ++t) {
       const float4 rows = query_rows(t);
@@ -199,6 +215,13 @@ struct KeyConsumer {
         }
         ds[i] = Mma<kDType>::pack(x.x * (dp[2 * i] - rows.y), x.y * (dp[2 * i + 1] - rows.w));
       }
+    }
+  }
+
+  __device__ void apply_dropout() {
+    if constexpr (Traits::kDropout) {
+#pragma unroll
+      for (int i = 0; i < kBlockN / 4; ++i) p[i] &= survivors.halves(0, i / 2, i % 2);
     }
   }
 
@@ -224,6 +247,7 @@ struct KeyConsumer {
   __device__ void add_seen(int head, int row0, bool partial) {
     const int at = ring.at();
     start_scores(s, shared.k[works.count % Storage::kKeyBuffers], shared.q[at]);
+    draw(head, row0);
     ptx::wgmma_wait<0>();
     pin(s);
     partial ? apply_softmax<true>(head, row0) : apply_softmax<false>(head, row0);
@@ -231,9 +255,13 @@ struct KeyConsumer {
     start_scores(dp, shared.v, shared.dout[at]);
     ptx::wgmma_wait<0>();
     pin(dp);
-    start_sum(dv, p, shared.dout[at]);
+    if constexpr (!Traits::kDropout) start_sum(dv, p, shared.dout[at]);
     apply_gradient();
     share_gradient();
+    if constexpr (Traits::kDropout) {  // ds needs p whole
+      apply_dropout();
+      start_sum(dv, p, shared.dout[at]);
+    }
     start_sum(dk, ds, shared.q[at]);
     ptx::wgmma_wait<0>();
     pin(dv);
@@ -270,7 +298,7 @@ struct KeyConsumer {
       });
     };
     write(dk, params.dk, fwd.scale, fwd.head_dim);
-    write(dv, params.dv, 1.f, fwd.head_dim_v);
+    write(dv, params.dv, Traits::kDropout ? fwd.dropout_scale : 1.f, fwd.head_dim_v);
   }
 
   __device__ void run() {
@@ -474,8 +502,13 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_sm90(const BackwardParams& p, cudaStream_t stream) {
-  return bwd_general(p.fwd) ? launch<HopperBwdTraits<kHeadDim, kDType, true>>(p, stream)
-                            : launch<HopperBwdTraits<kHeadDim, kDType, false>>(p, stream);
+  const bool general = bwd_general(p.fwd);
+  if (p.fwd.seeds) {
+    return general ? launch<HopperBwdTraits<kHeadDim, kDType, true, true>>(p, stream)
+                   : launch<HopperBwdTraits<kHeadDim, kDType, false, true>>(p, stream);
+  }
+  return general ? launch<HopperBwdTraits<kHeadDim, kDType, true, false>>(p, stream)
+                 : launch<HopperBwdTraits<kHeadDim, kDType, false, false>>(p, stream);
 }
 
 template cudaError_t launch_bwd_sm90<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const BackwardParams&,

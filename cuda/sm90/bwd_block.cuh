@@ -8,11 +8,11 @@
 
 namespace jax_fa {
 
-template <int kHeadDim_, DType kDType_, bool kGeneral_>
+template <int kHeadDim_, DType kDType_, bool kGeneral_, bool kDropout_>
 struct HopperBwdTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr DType kDType = kDType_;
-  static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kGeneral = kGeneral_, kDropout = kDropout_;
   using Element = typename Mma<kDType>::Element;
   using Score = std::conditional_t<kGeneral, GeneralScoreWithoutBias, ScaledScore>;
 

@@ -22,6 +22,7 @@
 // Barriers come in pairs: `full` (the producer, to all consumers: it has landed) and `empty` (the
 // warps of all consumers, to the producer: it may be overwritten), for each buffer of tiles of
 // keys, values, queries and for each place in the ring of descriptions of tiles.
+#include "../dropout.cuh"
 #include "../softmax.cuh"
 #include "block.cuh"
 #include "dequantize.cuh"
@@ -75,6 +76,7 @@ struct Consumer {
   int begin;            // the last one to come
   Interval all;         // keys that all of the warpgroup's queries see
   OnlineSoftmax<1, 8> softmax;
+  Survivors<1, kBlockN / 8> survivors;  // unused without dropout
   float s[1][kBlockN / 8][4];
   uint32_t p[kBlockN / 4];
   float o[kHeadDim / 2];
@@ -186,6 +188,16 @@ struct Consumer {
     }
   }
 
+  // What survives of a tile of keys: while its products run.
+  __device__ void draw(int tile_of_keys) {
+    if constexpr (Traits::kDropout) {
+      const QueryTile& q = tile().q;
+      survivors.template draw<false>(Dropout(params, max(q.b, 0), q.head),
+                                     q.row0 + consumer * 64 + row - lane / 4,
+                                     tile_of_keys * kBlockN);
+    }
+  }
+
   // Scores of tile n to probabilities, and o to the row's maximum so far.
   template <bool kHidden, bool kFirst>
   __device__ void apply_softmax() {
@@ -195,6 +207,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kBlockN / 4; ++i) {
       p[i] = Mma<Traits::kDType>::pack(scores()[2 * i], scores()[2 * i + 1]);
+      if constexpr (Traits::kDropout) p[i] &= survivors.halves(0, i / 2, i % 2);
     }
     if constexpr (!kFirst) {
       if (!moved) return;
@@ -251,6 +264,7 @@ struct Consumer {
     start_qk();
     turn.pass();
     if (Storage::kStagesOutput && stored) release_staging();
+    draw(n);
     ptx::wgmma_wait<0>();
     pin(scores());
     release_k();
@@ -299,6 +313,7 @@ struct Consumer {
     start_pv();
     turn.pass();
 
+    draw(n - 1);
     ptx::wgmma_wait<1>();
     pin(scores());
     release_k();
@@ -368,7 +383,7 @@ struct Consumer {
       const auto result = softmax.finish(0, h, score().to_log2(), sink);
       if (lane % 4 == 0 && r < q.rows) out.gLse[r] = query ? result.lse : -INFINITY;
       live[h] = query && !result.empty;
-      normalize[h] = result.normalize;
+      normalize[h] = result.normalize * (Traits::kDropout ? p.dropout_scale : 1.f);
     }
     const bool all_live = __all_sync(0xffffffff, live[0] && live[1]);
 #pragma unroll
@@ -491,6 +506,8 @@ cudaError_t launch_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
       return launch<HopperTraits<kHeadDim, kDType, FwdClass::kQuantized>>(p, stream);
     case FwdClass::kQuantizedGeneral:
       return launch<HopperTraits<kHeadDim, kDType, FwdClass::kQuantizedGeneral>>(p, stream);
+    case FwdClass::kDropout:
+      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kDropout>>(p, stream);
     default:
       return launch<HopperTraits<kHeadDim, kDType, FwdClass::kGeneral>>(p, stream);
   }

@@ -9,8 +9,8 @@
 namespace jax_fa {
 
 // What an instance of the kernel can do: every key up to a row's length, any interval of keys, that
-// and any score, or the last two over keys and values of 8 bits.
-enum class FwdClass { kFull, kMasked, kGeneral, kQuantized, kQuantizedGeneral };
+// and any score, the last two over keys and values of 8 bits, or any score and dropout.
+enum class FwdClass { kFull, kMasked, kGeneral, kQuantized, kQuantizedGeneral, kDropout };
 
 constexpr bool fwd_sm90_quantized(FwdClass kind) {
   return kind == FwdClass::kQuantized || kind == FwdClass::kQuantizedGeneral;
@@ -42,7 +42,8 @@ constexpr HopperTile fwd_sm90_tile(int head_dim_tile, FwdClass kind) {
     if (head_dim_tile <= 128) return {128, 96, 2, 2, 4, 2};
     return {128, 64, 2, 1, head_dim_tile <= 192 ? 4 : 2, 1};
   }
-  const bool full = kind == FwdClass::kFull, general = kind == FwdClass::kGeneral;
+  const bool full = kind == FwdClass::kFull;
+  const bool general = kind == FwdClass::kGeneral || kind == FwdClass::kDropout;
   if (head_dim_tile <= 64) return {192, 128, 2, 2};
   if (head_dim_tile <= 96) return {128, 128, 2, 2};
   if (head_dim_tile <= 128) return {128, full ? 160 : 128, 2, 2};
@@ -112,6 +113,7 @@ inline bool fwd_sm90_windowed(const AttentionParams& p) {
 
 inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile) {
   const bool general = p.scale <= 0 || p.softcap != 0 || p.alibi_slopes;
+  if (p.seeds) return FwdClass::kDropout;
   if (fwd_sm80_quantized(p)) return general ? FwdClass::kQuantizedGeneral : FwdClass::kQuantized;
   if (general) return FwdClass::kGeneral;
   if (fwd_sm90_windowed(p)) return FwdClass::kMasked;
