@@ -79,7 +79,7 @@ def _count(instructions):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", _jax_fa.head_dims)
+@pytest.mark.parametrize("dim", [dim for dim in _jax_fa.head_dims if dim <= 256])
 def test_hopper_forward_multiplies_and_copies_as_written(dim, dtype, kind):
     part = f"ILi{dim}ELNS_5DTypeE{DTYPES[dtype]}ELNS_8FwdClassE{KINDS.index(kind)}E"
     instructions = _instructions(_kernel(part))

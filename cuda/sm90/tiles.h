@@ -130,8 +130,8 @@ inline bool fwd_sm90_widens(const KvTensor& x, int dim) {
 }
 
 // Whether the kernel can run a call.
-inline bool fwd_sm90_covers(const AttentionParams& p) {
-  if (p.dtype == DType::kF32 || p.bias) return false;
+inline bool fwd_sm90_covers(const AttentionParams& p, int head_dim_tile) {
+  if (p.dtype == DType::kF32 || p.bias || head_dim_tile > kMostHeadDim) return false;
   if (fwd_sm80_quantized(p) &&
       !(fwd_sm90_widens(p.k, p.head_dim) && fwd_sm90_widens(p.v, p.head_dim_v))) {
     return false;
@@ -162,7 +162,7 @@ inline HopperOrder fwd_sm90_order(const AttentionParams& p, const HopperTile& ti
   const int tiles = fwd_tiles(p, tile.m);
   const int64_t pairs = fwd_pairs(p);
   int64_t section = std::clamp<int64_t>(fwd_section_heads(p), 1, std::max<int64_t>(pairs, 1));
-  if (p.head_dim <= 64) section = std::min<int64_t>(section, kSectionPairs);
+  if (std::max(p.head_dim, p.head_dim_v) <= 64) section = std::min<int64_t>(section, kSectionPairs);
   return {tiles, int(pairs), int(section), int(tiles * pairs), fwd_sm90_windowed(p)};
 }
 
