@@ -143,8 +143,9 @@ struct AppendParams {
 template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
 
-// cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h).
-template <int kHeadDim, DType kDType>
+// cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h), on the tiles of keys
+// and of values that fwd_sm90_dim_v names.
+template <int kHeadDim, int kHeadDimV, DType kDType>
 cudaError_t launch_fwd_sm90(const AttentionParams& params, cudaStream_t stream);
 
 // cuda/float32/attention.cu: attention and gradients in float32 on no tensor core, for

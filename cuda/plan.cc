@@ -190,8 +190,14 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
 #if JAX_FA_SM90
   if (runs_hopper_kernel(p, current_capability())) {
     return with_tile(tile_dim, [&]<int kDim>() {
-      return p.dtype == DType::kBF16 ? launch_fwd_sm90<kDim, DType::kBF16>(p, stream)
-                                     : launch_fwd_sm90<kDim, DType::kF16>(p, stream);
+      const auto run = [&]<int kDimV>() {
+        return p.dtype == DType::kBF16 ? launch_fwd_sm90<kDim, kDimV, DType::kBF16>(p, stream)
+                                       : launch_fwd_sm90<kDim, kDimV, DType::kF16>(p, stream);
+      };
+      if constexpr (kDim == kFwdDimOfNarrowValues) {
+        if (fwd_sm90_dim_v(p, kDim) < kDim) return run.template operator()<kFwdNarrowValues>();
+      }
+      return run.template operator()<kDim>();
     });
   }
 #endif
@@ -340,8 +346,9 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
     return {"float32/attention", rows, rows, dim, kFloat32Warps, 1, blocks};
   }
   if (runs_hopper_kernel(p, options.capability)) {
-    const FwdClass kind = fwd_sm90_class(p, tile_dim);
-    const HopperTile tile = fwd_sm90_tile(tile_dim, kind);
+    const int tile_dim_v = fwd_sm90_dim_v(p, tile_dim);
+    const FwdClass kind = fwd_sm90_class(p, tile_dim, tile_dim_v);
+    const HopperTile tile = fwd_sm90_tile(tile_dim, tile_dim_v, kind);
     const int warps = (tile.m / 64 + tile.dequantizers + 1) * 4;
     const int64_t tiles = fwd_sm90_order(p, tile).total;
     return {hybrid ? "decode, sm90/fwd" : "sm90/fwd",

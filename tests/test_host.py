@@ -338,6 +338,16 @@ def test_explain_of_heads_takes_the_tile_that_holds_keys_and_values(dims, kernel
     assert call.flops == 2 * sum(dims) * 4 * 512 * 512
 
 
+def test_explain_of_narrow_values_has_wider_tiles_of_keys():
+    (wide,), (narrow,), (softcap,) = (
+        explain_heads(*dims)
+        for dims, softcap in (((192, 192), None), ((192, 128), None), ((160, 96), None))
+    )
+    assert wide.tile[1] < narrow.tile[1] == softcap.tile[1]
+    (portable,) = explain_heads(192, 128, device="a100")
+    assert portable.kernel == "sm80/fwd"
+
+
 def test_explain_of_gradients_of_two_head_dims():
     forward, backward = explain_heads(192, 128, grad=True)
     assert backward.kernel == "sm80/bwd_shared" and backward.tile[2] == 192
