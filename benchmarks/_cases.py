@@ -23,6 +23,7 @@ class Case:
       decode_rows: Hybrid: how many rows, the first ones, have one query over `len_kv` keys; the
         others have `len_q` queries over `prefill_kv` keys.
       prefill_kv: Keys of those others.
+      values_dim: Head dim of values; None: that of keys.
       shortest: Rows' lengths are drawn from `shortest` to `len_kv` (prefill: queries and keys
         alike); 0: all are full.
       page_size: Tokens of a page, where an implementation is paged.
@@ -49,6 +50,12 @@ class Case:
     shortest: int = 0
     page_size: int = 16
     backward: bool = False
+    values_dim: int | None = None
+
+    @property
+    def head_dims(self):
+        """Of a key and its value together."""
+        return self.head_dim + (self.values_dim or self.head_dim)
 
     @property
     def id(self):
@@ -79,7 +86,7 @@ class Case:
     def flops(self):
         """Of the matrix products over visible pairs: two forward, five more backward."""
         pairs = sum(_visible(q, kv, self.causal, self.window) for q, kv in self.rows)
-        return (14 if self.backward else 4) * pairs * self.heads_q * self.head_dim
+        return (7 if self.backward else 2) * pairs * self.heads_q * self.head_dims
 
     def bytes(self, kv_bytes=None, scales=0):
         """Of what must be read and written once.
@@ -91,8 +98,8 @@ class Case:
         size = self.itemsize
         queries, keys = self.rows.sum(0)
         kv_bytes = size if kv_bytes is None else kv_bytes
-        kv_row = self.heads_kv * 2 * (self.head_dim * kv_bytes + 4 * scales)
-        moved = 2 * queries * self.heads_q * self.head_dim * size + keys * kv_row
+        kv_row = self.heads_kv * (self.head_dims * kv_bytes + 2 * 4 * scales)
+        moved = queries * self.heads_q * self.head_dims * size + keys * kv_row
         return float(moved * (2 if self.backward else 1))  # dout, dq, dk, dv
 
     def bytes_appended(self, kv_bytes=None, scales=0):
@@ -243,7 +250,11 @@ def _feature_table(backward=False):
 
     found = [one("plain"), one("float16", dtype="float16"), one("softcap 50", softcap=50.0)]
     found += [one("ALiBi", alibi=True), one("dropout 0.1", dropout=0.1)]
-    return found + [one(f"window {w}", window=w) for w in (128, 1024, 4096)]
+    found += [one(f"window {w}", window=w) for w in (128, 1024, 4096)]
+    if not backward:
+        found += [one("H 192, Hv 128", head_dim=192, values_dim=128)]
+        found += [one("H 512", head_dim=512, heads_kv=2)]
+    return found
 
 
 def _decode_features():

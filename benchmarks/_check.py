@@ -53,14 +53,15 @@ def inputs(case):
     q = q if uniform else q[0]
     capacity = int(lengths.max())
     shape = (case.batch, capacity, case.heads_kv, case.head_dim)
+    dim_v = case.values_dim or case.head_dim
     slopes = 2.0 ** (-8 * np.arange(1, case.heads_q + 1) / case.heads_q)
     return Inputs(
         q=q,
         k=_normal(keys[1], shape, case.dtype),
-        v=_normal(keys[2], shape, case.dtype),
+        v=_normal(keys[2], (*shape[:-1], dim_v), case.dtype),
         kv_lengths=jnp.asarray(lengths, jnp.int32),
         cu_seqlens_q=jnp.asarray([0, *np.cumsum(queries)], jnp.int32),
-        dout=_normal(keys[3], q.shape, case.dtype) if case.backward else None,
+        dout=_normal(keys[3], (*q.shape[:-1], dim_v), case.dtype) if case.backward else None,
         slopes=jnp.asarray(slopes, jnp.float32) if case.alibi else None,
         dropout_rng=jax.random.key(3) if case.dropout else None,
     )
@@ -123,7 +124,7 @@ class Expected:
             right = _attend(q, keys, values, where, *fixed)
             self._of_keys[id(keys)] = keys, np.asarray(right)
         _, right = self._of_keys[id(keys)]
-        packed = out.reshape(-1, case.heads_q, case.head_dim)
+        packed = out.reshape(-1, case.heads_q, out.shape[-1])
         if not _finite(packed):
             return np.inf
         got = np.asarray(_rows(packed, self.token, self.head))

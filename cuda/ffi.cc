@@ -337,8 +337,10 @@ BackwardParams gradients(const AttentionParams& fwd, const In& dout, const In& d
   p.dk = dk->untyped_data();
   p.dv = dv->untyped_data();
   p.dq_token_stride = fwd.q_token_stride;
-  p.dkv_token_stride = fwd.k.token_stride;
-  p.dkv_row_stride = fwd.k.row_stride;
+  p.dk_token_stride = fwd.k.token_stride;
+  p.dk_row_stride = fwd.k.row_stride;
+  p.dv_token_stride = fwd.v.token_stride;
+  p.dv_row_stride = fwd.v.row_stride;
   p.dsinks = const_cast<float*>(optional<float>(*dsinks));
   p.deterministic = deterministic;
   p.rows = reinterpret_cast<float2*>(rows->untyped_data());
@@ -419,9 +421,9 @@ ffi::Error hybrid(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale,
   scratch.lse = reinterpret_cast<float*>(part_lse->untyped_data());
   scratch.rows = reinterpret_cast<int2*>(part_rows->untyped_data());
   scratch.columns = int(part_lse->dimensions()[0]);
-  scratch.part_keys =
-      packed_scratch(p.batch, p.heads_q, p.heads_kv, p.head_dim, p.kv.len_kv, attrs.split_size)
-          .part_keys;
+  scratch.part_keys = scratch_of_hybrid(p.batch, p.heads_q, p.heads_kv, p.head_dim, p.head_dim_v,
+                                        p.kv.len_kv, attrs.split_size)
+                          .part_keys;
   return to_error(run_attention(Operation::kHybrid, p, scratch, stream));
 }
 
@@ -559,20 +561,24 @@ NB_MODULE(_jax_fa, m) {
     return handlers;
   });
   m.def("decode_splits", &splits_of_decode, nb::arg("batch"), nb::arg("len_q"), nb::arg("heads_q"),
-        nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("max_len_kv"), nb::arg("key_bytes") = 2);
+        nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("max_len_kv"),
+        nb::arg("key_bytes") = 2);
   m.def(
       "packed_scratch",
-      [](int batch, int heads_q, int heads_kv, int head_dim, int64_t max_len_kv, int split_size) {
-        const PackedScratch scratch =
-            packed_scratch(batch, heads_q, heads_kv, head_dim, max_len_kv, split_size);
+      [](int batch, int heads_q, int heads_kv, int head_dim, int head_dim_v, int64_t max_len_kv,
+         int split_size) {
+        const PackedScratch scratch = scratch_of_hybrid(batch, heads_q, heads_kv, head_dim,
+                                                        head_dim_v, max_len_kv, split_size);
         return nb::make_tuple(scratch.columns, scratch.part_keys);
       },
       nb::arg("batch"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
-      nb::arg("max_len_kv"), nb::arg("split_size"));
+      nb::arg("head_dim_v"), nb::arg("max_len_kv"), nb::arg("split_size"));
   m.def("runs_hopper", &runs_hopper, nb::arg("capability"));
+  // The largest head dim of kernels for queries of so many bytes an element.
+  m.def("max_head_dim", &max_head_dim, nb::arg("element_bytes"), nb::arg("backward"));
   // Floats of scratch in which a backward call sums dq.
   m.def("dq_sum_size", &dq_sum_size, nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
-        nb::arg("heads_q"), nb::arg("head_dim"), nb::arg("element_bytes"),
+        nb::arg("heads_q"), nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("element_bytes"),
         nb::arg("deterministic"));
   // What kernels compute on the device, for tests on the host.
   m.def(
@@ -636,30 +642,31 @@ NB_MODULE(_jax_fa, m) {
   m.def(
       "plan",
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
-         int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes, bool general,
-         bool bias, bool masked, bool dropout, int page_size, int capability, int sms, bool exact) {
+         int heads_q, int heads_kv, int head_dim, int head_dim_v, int element_bytes, int kv_bytes,
+         bool general, bool bias, bool masked, bool dropout, int page_size, int capability, int sms,
+         bool exact) {
         return to_dict(
             plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv, head_dim,
-                    element_bytes, kv_bytes,
+                    head_dim_v, element_bytes, kv_bytes,
                     {general, bias, masked, dropout, page_size, capability, sms, exact}));
       },
       nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
       nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
-      nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"), nb::arg("bias"),
-      nb::arg("masked"), nb::arg("dropout"), nb::arg("page_size"), nb::arg("capability"),
-      nb::arg("sms"), nb::arg("exact"));
+      nb::arg("head_dim_v"), nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"),
+      nb::arg("bias"), nb::arg("masked"), nb::arg("dropout"), nb::arg("page_size"),
+      nb::arg("capability"), nb::arg("sms"), nb::arg("exact"));
   m.def(
       "plan_backward",
       [](int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv, int head_dim,
-         int element_bytes, bool deterministic, int shared_kb, bool general, bool bias, bool masked,
-         bool dropout, int capability, int sms, bool exact) {
+         int head_dim_v, int element_bytes, bool deterministic, int shared_kb, bool general,
+         bool bias, bool masked, bool dropout, int capability, int sms, bool exact) {
         return to_dict(plan_of_backward(
-            batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim, element_bytes,
+            batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v, element_bytes,
             deterministic, shared_kb, {general, bias, masked, dropout, 0, capability, sms, exact}));
       },
       nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"), nb::arg("len_kv"),
-      nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("element_bytes"),
-      nb::arg("deterministic"), nb::arg("shared_kb"), nb::arg("general"), nb::arg("bias"),
-      nb::arg("masked"), nb::arg("dropout"), nb::arg("capability"), nb::arg("sms"),
+      nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("head_dim_v"),
+      nb::arg("element_bytes"), nb::arg("deterministic"), nb::arg("shared_kb"), nb::arg("general"),
+      nb::arg("bias"), nb::arg("masked"), nb::arg("dropout"), nb::arg("capability"), nb::arg("sms"),
       nb::arg("exact"));
 }

@@ -10,6 +10,9 @@ namespace jax_fa {
 
 enum class DType : int { kF16, kBF16, kF32, kInt8, kE4M3, kE5M2 };
 
+// The widest tile that all kernels have; beyond it the portable forward has them, of 16 bits.
+constexpr int kMostHeadDim = 256;
+
 // Keys or values: [rows, tokens, heads_kv, dim], where a row is a batch row, a row of a cache or a
 // page of a pool (packed keys are one row). `dim` is contiguous, the other axes go by strides.
 struct KvTensor {
@@ -96,14 +99,15 @@ struct SplitScratch {
 };
 
 // The gradients of one attention call whose o and lse are known; o and dout are [total_q, heads_q,
-// head_dim], contiguous, dlse lies as lse. dq has the strides below and as many tokens as q; dk and
-// dv have those of keys and one row for each batch row of the queries (packed keys: one in all).
+// head_dim_v], contiguous, dlse lies as lse. dq has the strides below and as many tokens as q; dk
+// and dv have those of keys and of values, and one row for each batch row of the queries (packed
+// keys: one in all).
 struct BackwardParams {
   AttentionParams fwd;
   const void* dout;
   const float* dlse;
   void *dq, *dk, *dv;
-  int64_t dq_token_stride, dkv_row_stride, dkv_token_stride;
+  int64_t dq_token_stride, dk_row_stride, dk_token_stride, dv_row_stride, dv_token_stride;
   int total_k;    // packed keys: tokens of the array
   float* dsinks;  // [batch, heads_q] or null
   void* dbias;    // [batch, then as bias], contiguous, of bias's dtype, or null
@@ -138,12 +142,14 @@ struct AppendParams {
 };
 
 // cuda/sm80/fwd.cu: prefill on mma.sync, every feature. kHeadDim is the tile: the smallest compiled
-// head dim >= head_dim; dims between are zero-filled on the way into shared memory.
+// head dim that holds head_dim and head_dim_v; dims between are zero-filled on the way into shared
+// memory.
 template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
 
-// cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h).
-template <int kHeadDim, DType kDType>
+// cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h), on the tiles of keys
+// and of values that fwd_sm90_dim_v names.
+template <int kHeadDim, int kHeadDimV, DType kDType>
 cudaError_t launch_fwd_sm90(const AttentionParams& params, cudaStream_t stream);
 
 // cuda/float32/attention.cu: attention and gradients in float32 on no tensor core, for

@@ -1,10 +1,10 @@
 #include "plan.h"
 
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
 
-#include "decode/splits.h"
 #include "float32/tiles.h"
 #include "sm80/bwd_tiles.h"
 #include "sm80/tiles.h"
@@ -16,31 +16,48 @@ namespace {
 
 constexpr int kHeadDims[] = {JAX_FA_HEAD_DIMS};
 
-// The tile for a head dim: the smallest compiled one that holds it; 0 if none does.
-int tile_dim_of(int head_dim) {
+// The tile for head dims of keys and of values: the smallest compiled one that holds both; 0 if
+// none does.
+int tile_dim_of(int head_dim, int head_dim_v) {
   int best = 0;
   for (const int dim : kHeadDims) {
-    if (dim >= head_dim && (best == 0 || dim < best)) best = dim;
+    if (dim >= std::max(head_dim, head_dim_v) && (best == 0 || dim < best)) best = dim;
   }
   return best;
 }
 
+int tile_dim_of(const AttentionParams& p) { return tile_dim_of(p.head_dim, p.head_dim_v); }
+
 // The decode kernel has no float32 instance, and many queries a row are work for prefill tiles.
 constexpr int kMaxDecodeQueries = 16;
 
-bool runs_decode_kernel(Operation operation, DType dtype, int len_q) {
-  return operation == Operation::kDecode && dtype != DType::kF32 && len_q <= kMaxDecodeQueries;
+bool decodes(DType dtype, int tile_dim) { return dtype != DType::kF32 && tile_dim <= kMostHeadDim; }
+
+bool runs_decode_kernel(Operation operation, DType dtype, int len_q, int tile_dim) {
+  return operation == Operation::kDecode && decodes(dtype, tile_dim) && len_q <= kMaxDecodeQueries;
 }
 
-// Calls launch.operator()<kHeadDim>() for the compiled tile.
-template <typename Launch, int... kDims>
+bool runs_hybrid_kernels(Operation operation, DType dtype, int tile_dim) {
+  return operation == Operation::kHybrid && decodes(dtype, tile_dim);
+}
+
+// Calls launch.operator()<kHeadDim>() for the compiled tile, of those up to kMost.
+template <int kMost, typename Launch, int... kDims>
 cudaError_t with_tile(int tile_dim, Launch launch, std::integer_sequence<int, kDims...>) {
   cudaError_t status = cudaErrorInvalidValue;
-  ((tile_dim == kDims && (status = launch.template operator()<kDims>(), true)) || ...);
+  const auto run = [&]<int kDim>() {
+    if constexpr (kDim <= kMost) status = launch.template operator()<kDim>();
+  };
+  ((tile_dim == kDims && (run.template operator()<kDims>(), true)) || ...);
   return status;
 }
 
 constexpr std::integer_sequence<int, JAX_FA_HEAD_DIMS> kTiles;
+
+template <typename Launch>
+cudaError_t with_tile(int tile_dim, Launch launch) {
+  return with_tile<kMostHeadDim>(tile_dim, launch, kTiles);
+}
 
 // Whether the Hopper kernels are compiled in, and not forbidden by JAX_FA_ARCH=sm80.
 bool hopper_allowed() {
@@ -63,7 +80,7 @@ int current_capability() {
 }
 
 bool runs_hopper_kernel(const AttentionParams& p, int capability) {
-  return runs_hopper(capability) && fwd_sm90_covers(p);
+  return runs_hopper(capability) && fwd_sm90_covers(p, tile_dim_of(p));
 }
 
 bool runs_hopper_backward(const BackwardParams& p, int tile_dim, int capability) {
@@ -81,11 +98,10 @@ cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t st
   cudaError_t status = launch_bwd_rows_sm80<kDType>(p, stream);
   if (p.fwd.exact && status == cudaSuccess) return launch_bwd_float32(p, stream);
   const auto then = [&](auto launch) {
-    if (status != cudaSuccess) return;
-    status = with_tile(tile_dim_of(p.fwd.head_dim), launch, kTiles);
+    if (status == cudaSuccess) status = with_tile(tile_dim_of(p.fwd), launch);
   };
 #if JAX_FA_SM90
-  if (runs_hopper_backward(p, tile_dim_of(p.fwd.head_dim), current_capability())) {
+  if (runs_hopper_backward(p, tile_dim_of(p.fwd), current_capability())) {
     then([&]<int kDim>() {
       if constexpr (bwd_sm90_has_tile(kDim, kDType))
         return launch_bwd_sm90<kDim, kDType>(p, stream);
@@ -113,7 +129,6 @@ cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStrea
   AttentionParams decode = p, prefill = p;
   decode.max_len_q = decode_max_len_q(p.heads_q / p.heads_kv);
   prefill.min_len_q = decode.max_len_q + 1;
-  const int tile_dim = tile_dim_of(p.head_dim);
   const bool hopper = runs_hopper_kernel(prefill, current_capability());
   (hopper ? decode : prefill).beside_previous = true;
   scratch.leaves_room = !hopper;
@@ -121,16 +136,13 @@ cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStrea
   const auto run_prefill = [&] {
     return run_attention(Operation::kPrefill, prefill, scratch, stream);
   };
-  return with_tile(
-      tile_dim,
-      [&]<int kDim>() {
-        cudaError_t status = hopper ? run_prefill() : cudaSuccess;
-        if (status == cudaSuccess) status = launch_decode<kDim, kDType>(decode, scratch, stream);
-        if (status == cudaSuccess && !hopper) status = run_prefill();
-        if (status != cudaSuccess) return status;
-        return launch_combine<kDim, kDType>(decode, scratch, stream);
-      },
-      kTiles);
+  return with_tile(tile_dim_of(p), [&]<int kDim>() {
+    cudaError_t status = hopper ? run_prefill() : cudaSuccess;
+    if (status == cudaSuccess) status = launch_decode<kDim, kDType>(decode, scratch, stream);
+    if (status == cudaSuccess && !hopper) status = run_prefill();
+    if (status != cudaSuccess) return status;
+    return launch_combine<kDim, kDType>(decode, scratch, stream);
+  });
 }
 
 }  // namespace
@@ -138,60 +150,75 @@ cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStrea
 // Hopper's machine code runs on 9.0 alone.
 bool runs_hopper(int capability) { return capability == 90 && hopper_allowed(); }
 
-int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
+int max_head_dim(int element_bytes, bool backward) {
+  int most = 0;
+  for (const int dim : kHeadDims) {
+    if (dim <= kMostHeadDim || (element_bytes == 2 && !backward)) most = std::max(most, dim);
+  }
+  return most;
+}
+
+int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim, int head_dim_v,
                      int64_t max_len_kv, int key_bytes) {
-  if (len_q > kMaxDecodeQueries) return 1;
-  return decode_split(batch, len_q, heads_q, heads_kv, head_dim, max_len_kv, key_bytes).splits;
+  const int tile_dim = tile_dim_of(head_dim, head_dim_v);
+  if (!runs_decode_kernel(Operation::kDecode, DType::kBF16, len_q, tile_dim)) return 1;
+  return decode_split(batch, len_q, heads_q, heads_kv, head_dim, head_dim_v, max_len_kv, key_bytes)
+      .splits;
+}
+
+PackedScratch scratch_of_hybrid(int batch, int heads_q, int heads_kv, int head_dim, int head_dim_v,
+                                int64_t max_len_kv, int split_size) {
+  if (!decodes(DType::kBF16, tile_dim_of(head_dim, head_dim_v))) return {0, 0};
+  return packed_scratch(batch, heads_q, heads_kv, head_dim, head_dim_v, max_len_kv, split_size);
 }
 
 cudaError_t run_attention(Operation operation, const AttentionParams& p,
                           const SplitScratch& scratch, cudaStream_t stream) {
   if (p.total_q == 0 || p.batch == 0) return cudaSuccess;
   if (p.exact) return launch_fwd_float32(p, stream);
-  if (operation == Operation::kHybrid && p.dtype != DType::kF32) {
+  const int tile_dim = tile_dim_of(p);
+  if (runs_hybrid_kernels(operation, p.dtype, tile_dim)) {
     return p.dtype == DType::kBF16 ? run_hybrid<DType::kBF16>(p, scratch, stream)
                                    : run_hybrid<DType::kF16>(p, scratch, stream);
   }
-  const int tile_dim = tile_dim_of(p.head_dim);
-  if (runs_decode_kernel(operation, p.dtype, p.len_q)) {
-    return with_tile(
-        tile_dim,
-        [&]<int kDim>() {
-          return p.dtype == DType::kBF16 ? launch_decode<kDim, DType::kBF16>(p, scratch, stream)
-                                         : launch_decode<kDim, DType::kF16>(p, scratch, stream);
-        },
-        kTiles);
+  if (runs_decode_kernel(operation, p.dtype, p.len_q, tile_dim)) {
+    return with_tile(tile_dim, [&]<int kDim>() {
+      return p.dtype == DType::kBF16 ? launch_decode<kDim, DType::kBF16>(p, scratch, stream)
+                                     : launch_decode<kDim, DType::kF16>(p, scratch, stream);
+    });
   }
 #if JAX_FA_SM90
   if (runs_hopper_kernel(p, current_capability())) {
-    return with_tile(
-        tile_dim,
-        [&]<int kDim>() {
-          return p.dtype == DType::kBF16 ? launch_fwd_sm90<kDim, DType::kBF16>(p, stream)
-                                         : launch_fwd_sm90<kDim, DType::kF16>(p, stream);
-        },
-        kTiles);
+    return with_tile(tile_dim, [&]<int kDim>() {
+      const auto run = [&]<int kDimV>() {
+        return p.dtype == DType::kBF16 ? launch_fwd_sm90<kDim, kDimV, DType::kBF16>(p, stream)
+                                       : launch_fwd_sm90<kDim, kDimV, DType::kF16>(p, stream);
+      };
+      if constexpr (kDim == kFwdDimOfNarrowValues) {
+        if (fwd_sm90_dim_v(p, kDim) < kDim) return run.template operator()<kFwdNarrowValues>();
+      }
+      return run.template operator()<kDim>();
+    });
   }
 #endif
-  return with_tile(
+  if (p.dtype == DType::kF32) {
+    return with_tile(tile_dim,
+                     [&]<int kDim>() { return launch_fwd_sm80<kDim, DType::kF32>(p, stream); });
+  }
+  constexpr int kAll = INT_MAX;
+  return with_tile<kAll>(
       tile_dim,
       [&]<int kDim>() {
-        switch (p.dtype) {
-          case DType::kBF16:
-            return launch_fwd_sm80<kDim, DType::kBF16>(p, stream);
-          case DType::kF16:
-            return launch_fwd_sm80<kDim, DType::kF16>(p, stream);
-          default:
-            return launch_fwd_sm80<kDim, DType::kF32>(p, stream);
-        }
+        return p.dtype == DType::kBF16 ? launch_fwd_sm80<kDim, DType::kBF16>(p, stream)
+                                       : launch_fwd_sm80<kDim, DType::kF16>(p, stream);
       },
       kTiles);
 }
 
-int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int element_bytes,
-                    bool deterministic) {
+int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int head_dim_v,
+                    int element_bytes, bool deterministic) {
   const DType dtype = element_bytes == 4 ? DType::kF32 : DType::kBF16;
-  const int tile_dim = tile_dim_of(head_dim);
+  const int tile_dim = tile_dim_of(head_dim, head_dim_v);
   const bool packed = total_q > 0;
   int64_t turns = 0;
   if (deterministic) {
@@ -208,7 +235,7 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
-  const int tile_dim = tile_dim_of(p.fwd.head_dim);
+  const int tile_dim = tile_dim_of(p.fwd);
   const bool general = bwd_general(p.fwd) || p.fwd.seeds;
   const int stages = bwd_shared_stages(tile_dim, general, shared_bytes);
   const bool hopper = runs_hopper_backward(p, tile_dim, current_capability());
@@ -225,11 +252,11 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
 }
 
 Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv,
-                      int head_dim, int element_bytes, bool deterministic, int shared_kb,
-                      const PlanOptions& options) {
+                      int head_dim, int head_dim_v, int element_bytes, bool deterministic,
+                      int shared_kb, const PlanOptions& options) {
   using enum KeyGradients;
   const DType dtype = element_bytes == 4 ? DType::kF32 : DType::kBF16;
-  const int tile_dim = tile_dim_of(head_dim);
+  const int tile_dim = tile_dim_of(head_dim, head_dim_v);
   BackwardParams p{};
   static const int kPacked = 0;  // packed queries are told from dense ones by a pointer
   p.fwd.q_start = total_q > 0 ? &kPacked : nullptr;
@@ -238,6 +265,7 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
   p.fwd.heads_q = heads_q;
   p.fwd.heads_kv = heads_kv;
   p.fwd.head_dim = head_dim;
+  p.fwd.head_dim_v = head_dim_v;
   p.fwd.kv.len_kv = p.total_k = len_kv;
   p.fwd.dtype = dtype;
   p.fwd.bias = options.bias ? &kPacked : nullptr;
@@ -271,18 +299,18 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
 }
 
 Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
-             int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes,
-             const PlanOptions& options) {
+             int heads_q, int heads_kv, int head_dim, int head_dim_v, int element_bytes,
+             int kv_bytes, const PlanOptions& options) {
   const Operation op = operation == "decode"   ? Operation::kDecode
                        : operation == "hybrid" ? Operation::kHybrid
                                                : Operation::kPrefill;
   const DType dtype = element_bytes == 4 ? DType::kF32 : DType::kBF16;
-  const int tile_dim = tile_dim_of(head_dim);
-  if (runs_decode_kernel(op, dtype, len_q)) {
+  const int tile_dim = tile_dim_of(head_dim, head_dim_v);
+  if (runs_decode_kernel(op, dtype, len_q, tile_dim)) {
     const int columns = heads_q / heads_kv * len_q;
     const int column_tiles = decode_column_tiles(tile_dim, columns), tile = column_tiles * 8;
     const DecodeSplit split =
-        decode_split(batch, len_q, heads_q, heads_kv, head_dim, max_len_kv, kv_bytes);
+        decode_split(batch, len_q, heads_q, heads_kv, head_dim, head_dim_v, max_len_kv, kv_bytes);
     return {"decode",
             tile,
             decode_step_keys(tile_dim, column_tiles, kv_bytes == 1),
@@ -299,7 +327,8 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.total_q = total_q > 0 ? total_q : batch * len_q;
   p.heads_q = heads_q;
   p.heads_kv = heads_kv;
-  p.head_dim = p.head_dim_v = head_dim;
+  p.head_dim = head_dim;
+  p.head_dim_v = head_dim_v;
   p.kv.len_kv = max_len_kv;
   p.dtype = dtype;
   p.k.dtype = kv_bytes <= 1 ? DType::kInt8 : dtype;
@@ -312,15 +341,16 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.window_right = options.masked ? 0 : -1;
   p.kv.page_table = options.page_size > 0 ? &kPacked : nullptr;
   p.kv.page_size = options.page_size;
-  const bool hybrid = op == Operation::kHybrid && dtype != DType::kF32;
+  const bool hybrid = runs_hybrid_kernels(op, dtype, tile_dim);
   if (options.exact) {
     const int dim = float32_dim(p), rows = float32_forward_rows(dim);
     const int64_t blocks = fwd_sm80_grid(p, FwdTile{rows, rows, kFloat32Warps, 1}).blocks;
     return {"float32/attention", rows, rows, dim, kFloat32Warps, 1, blocks};
   }
   if (runs_hopper_kernel(p, options.capability)) {
-    const FwdClass kind = fwd_sm90_class(p, tile_dim);
-    const HopperTile tile = fwd_sm90_tile(tile_dim, kind);
+    const int tile_dim_v = fwd_sm90_dim_v(p, tile_dim);
+    const FwdClass kind = fwd_sm90_class(p, tile_dim, tile_dim_v);
+    const HopperTile tile = fwd_sm90_tile(tile_dim, tile_dim_v, kind);
     const int warps = (tile.m / 64 + tile.dequantizers + 1) * 4;
     const int64_t tiles = fwd_sm90_order(p, tile).total;
     return {hybrid ? "decode, sm90/fwd" : "sm90/fwd",

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "decode/splits.h"
 #include "params.h"
 
 namespace jax_fa {
@@ -18,8 +19,16 @@ struct Plan {
   int64_t blocks;  // of the grid
 };
 
-int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
+int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim, int head_dim_v,
                      int64_t max_len_kv, int key_bytes);
+
+// Scratch of the rows of a hybrid batch that are decoded; none where all run in prefill kernels.
+PackedScratch scratch_of_hybrid(int batch, int heads_q, int heads_kv, int head_dim, int head_dim_v,
+                                int64_t max_len_kv, int split_size);
+
+// The largest head dim, of keys or of values, for which kernels are compiled that run queries of so
+// many bytes an element, or their gradients.
+int max_head_dim(int element_bytes, bool backward);
 
 struct PlanOptions {
   bool general, bias, masked;  // scores beyond a scale, a dense bias, a window or causal
@@ -34,22 +43,22 @@ struct PlanOptions {
 // queries and is 0 for dense ones; kv_bytes are those of an element, 0 where only general kernels
 // read the cache: those of decode, or the portable ones.
 Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
-             int heads_q, int heads_kv, int head_dim, int element_bytes, int kv_bytes,
-             const PlanOptions& options);
+             int heads_q, int heads_kv, int head_dim, int head_dim_v, int element_bytes,
+             int kv_bytes, const PlanOptions& options);
 
 // Whether kernels of cuda/sm90/ run on devices of that capability (10 * major + minor).
 bool runs_hopper(int capability);
 
 // Floats of scratch in which the backward kernels sum dq; 0 where they do not. total_q counts
 // packed queries and is 0 for dense ones.
-int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int element_bytes,
-                    bool deterministic);
+int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int head_dim_v,
+                    int element_bytes, bool deterministic);
 
 // The plan of a backward call on a GPU whose blocks have that much shared memory: the kernel that
 // owns keys. Packed queries have len_kv keys in all.
 Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv,
-                      int head_dim, int element_bytes, bool deterministic, int shared_kb,
-                      const PlanOptions& options);
+                      int head_dim, int head_dim_v, int element_bytes, bool deterministic,
+                      int shared_kb, const PlanOptions& options);
 
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream);
 

@@ -177,6 +177,11 @@ __device__ __forceinline__ float div_full(float x, float y) {
   return quotient;
 }
 
+// A hardware barrier of the block: ends when `threads` have come, whether to wait or not.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Adds to global memory without waiting for it; the order of several such additions is open.
 __device__ __forceinline__ void red_add(float* address, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory");

@@ -189,11 +189,12 @@ def _views(name, x, static):
 
 
 def _plan_shape(name, x, static):
-    q, k, _ = _views(name, x, static)
+    q, k, v = _views(name, x, static)
     shape = {
         "heads_q": q[-2],
         "heads_kv": k[-2],
         "head_dim": q[-1],
+        "head_dim_v": v[-1],
         "element_bytes": x["q"].dtype.itemsize,
         "kv_bytes": prefill_key_bytes(x),
         "general": _is_general(x, static),
@@ -214,7 +215,7 @@ def _plan_shape(name, x, static):
 
 
 def _backward_shape(name, x, static):
-    q, k, _ = _views(name, x, static)
+    q, k, v = _views(name, x, static)
     packed = "q_start" in x
     return {
         "batch": x["q_start"].shape[0] if packed else q[0],
@@ -224,6 +225,7 @@ def _backward_shape(name, x, static):
         "heads_q": q[-2],
         "heads_kv": k[-2],
         "head_dim": q[-1],
+        "head_dim_v": v[-1],
         "element_bytes": x["q"].dtype.itemsize,
         "general": _is_general(x, static),
         "bias": _has_bias(x),
@@ -268,9 +270,9 @@ def _operand_bytes(name, x):
 
 
 def _flops(name, x, static):
-    """4 FLOPs (10 backward) for each element of a head and visible pair."""
+    """2 per product, visible pair and dim: one of H, one of Hv; three and two backward."""
     q, k, v = _views(name, x, static)
-    per_pair = (q[-1] + v[-1]) * 2 * (2.5 if name in BACKWARD else 1)
+    per_pair = 2 * (3 * q[-1] + 2 * v[-1] if name in BACKWARD else q[-1] + v[-1])
     if "q_start" not in x:
         len_kv = k[1] if "layer" not in x else cache_length(x)
         return per_pair * q[0] * q[-2] * _visible(q[1], len_kv, static)

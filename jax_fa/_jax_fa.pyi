@@ -10,11 +10,19 @@ def decode_splits(
     heads_q: int,
     heads_kv: int,
     head_dim: int,
+    head_dim_v: int,
     max_len_kv: int,
     key_bytes: int = 2,
 ) -> int: ...
+def max_head_dim(element_bytes: int, backward: bool) -> int: ...
 def packed_scratch(
-    batch: int, heads_q: int, heads_kv: int, head_dim: int, max_len_kv: int, split_size: int
+    batch: int,
+    heads_q: int,
+    heads_kv: int,
+    head_dim: int,
+    head_dim_v: int,
+    max_len_kv: int,
+    split_size: int,
 ) -> tuple[int, int]: ...
 def dq_sum_size(
     batch: int,
@@ -22,6 +30,7 @@ def dq_sum_size(
     total_q: int,
     heads_q: int,
     head_dim: int,
+    head_dim_v: int,
     element_bytes: int,
     deterministic: bool,
 ) -> int: ...
@@ -65,6 +74,7 @@ def plan(
     heads_q: int,
     heads_kv: int,
     head_dim: int,
+    head_dim_v: int,
     element_bytes: int,
     kv_bytes: int,
     general: bool,
@@ -85,6 +95,7 @@ def plan_backward(
     heads_q: int,
     heads_kv: int,
     head_dim: int,
+    head_dim_v: int,
     element_bytes: int,
     deterministic: bool,
     shared_kb: int,

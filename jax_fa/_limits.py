@@ -12,7 +12,6 @@ if os.environ.get("JAX_FA_ARCH", "") not in ("", "sm80"):
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 _KERNEL_FLOATS = ("float16", "bfloat16", "float32")
-_MAX_HEAD_DIM = max(_jax_fa.head_dims)
 _MAX_GRID = 65535
 _ABSENT = np.empty(0)
 
@@ -24,11 +23,13 @@ def no_kernel(name, operands, static):
     q, k, v = (operands[i] for i in "qkv")
     if q.dtype.name not in _KERNEL_FLOATS:
         return f"q is {q.dtype.name}; kernels take {', '.join(_KERNEL_FLOATS)}"
-    dim, dim_v = k.shape[-1], v.shape[-1]
-    if dim % 8 or dim > _MAX_HEAD_DIM:
-        return f"head dim {dim}; kernels take multiples of 8 up to {_MAX_HEAD_DIM}"
-    if dim_v != dim:
-        return f"head dim {dim_v} of v; kernels take that of k, {dim}"
+    most = _jax_fa.max_head_dim(q.dtype.itemsize, name.endswith("_bwd"))
+    for key, x in (("k", k), ("v", v)):
+        dim = x.shape[-1]
+        if dim % 8 or dim > most:
+            return (
+                f"head dim {dim} of {key}; {q.dtype.name} kernels take multiples of 8 up to {most}"
+            )
     if q.dtype == np.float32 and not k.dtype == v.dtype == q.dtype:
         return f"float32 queries with {k.dtype.name} keys; kernels take float16 or bfloat16 ones"
     if name.endswith("_bwd"):
@@ -48,9 +49,6 @@ def no_kernel(name, operands, static):
 
 def _no_exact_kernel(name, operands):
     """Of float32 products that may not be rounded to TF32."""
-    largest = max(operands[i].shape[-1] for i in "kv")
-    if largest > 256:
-        return f"head dim {largest}; exact float32 kernels take multiples of 8 up to 256"
     if name.endswith("_bwd") and operands.get("bias", _ABSENT).shape != (0,):
         return "a gradient of bias; exact float32 kernels have none"
     return None

@@ -84,17 +84,17 @@ def _decode_scratch(operands):
     """Partial results of the splits, whose number depends on shapes alone."""
     q, v = operands["q"], operands["v"]
     batch, len_q, heads_q, dim = q.shape
-    splits = _jax_fa.decode_splits(
-        batch, len_q, heads_q, v.shape[2], dim, cache_length(operands), decode_key_bytes(operands)
-    )
-    rows = (splits, q.shape[0] * q.shape[1], q.shape[2]) if splits > 1 else (0,)
-    o = (*rows, v.shape[-1]) if splits > 1 else (0,)
+    _, _, heads_kv, dim_v = v.shape
+    length, key_bytes = cache_length(operands), decode_key_bytes(operands)
+    splits = _jax_fa.decode_splits(batch, len_q, heads_q, heads_kv, dim, dim_v, length, key_bytes)
+    rows = (splits, batch * len_q, heads_q) if splits > 1 else (0,)
+    o = (*rows, dim_v) if splits > 1 else (0,)
     return [jax.ShapeDtypeStruct(shape, np.float32) for shape in (o, rows)]
 
 
 def _backward_scratch(operands, static):
     """Two floats for each query and head, and a float32 dq where that is summed."""
-    q, lse = operands["q"], operands["lse"]
+    q, o, lse = operands["q"], operands["o"], operands["lse"]
     packed = "q_start" in operands
     size = _jax_fa.dq_sum_size(
         batch=operands["q_start"].shape[0] if packed else q.shape[0],
@@ -102,6 +102,7 @@ def _backward_scratch(operands, static):
         total_q=q.shape[0] if packed else 0,
         heads_q=q.shape[-2],
         head_dim=q.shape[-1],
+        head_dim_v=o.shape[-1],
         element_bytes=q.dtype.itemsize,
         deterministic=static["deterministic"],
     )
@@ -117,9 +118,9 @@ def _hybrid_scratch(operands, split_size):
     columns, rows = 0, 0
     if operands["q"].dtype != np.float32:
         columns, _ = _jax_fa.packed_scratch(
-            batch, heads_q, heads_kv, dim, cache_length(operands), split_size
+            batch, heads_q, heads_kv, dim, dim_v, cache_length(operands), split_size
         )
-        rows = batch + 1
+        rows = batch + 1 if columns else 0
     return [
         jax.ShapeDtypeStruct((columns, dim_v), np.float32),
         jax.ShapeDtypeStruct((columns,), np.float32),
@@ -139,20 +140,21 @@ def decode_key_bytes(operands):
     pages = len(operands["page_table"].shape) == 2
     groups = max(operands[name].shape[-1] for name in ("k_scale", "v_scale"))
     whole = not pages or k.shape[1] % 16 == 0
-    plain = k.dtype == v.dtype and groups <= 1 and k.shape[-1] * k.dtype.itemsize % 16 == 0
+    plain = k.dtype == v.dtype and groups <= 1
+    plain = plain and all(x.shape[-1] * x.dtype.itemsize % 16 == 0 for x in (k, v))
     return k.dtype.itemsize if whole and plain else 0
 
 
 def prefill_key_bytes(operands):
     """Bytes of an element of k and v; 0 for quantized ones that only the portable kernels read."""
-    k, v = operands["k"], operands["v"]
-    sizes = {k.dtype.itemsize, v.dtype.itemsize}
-    groups = (
-        k.shape[-1] // operands[name].shape[-1]
-        for name in ("k_scale", "v_scale")
-        if operands.get(name) is not None and operands[name].shape != (0,)
-    )
-    whole = all(group % 16 == 0 for group in groups)
+    sizes = {operands[name].dtype.itemsize for name in "kv"}
+
+    def group(name):
+        scale = operands.get(f"{name}_scale")
+        groups = 1 if scale is None or scale.shape == (0,) else scale.shape[-1]
+        return operands[name].shape[-1] // groups
+
+    whole = all(group(name) % 16 == 0 for name in "kv")
     return sizes.pop() if len(sizes) == 1 and (1 not in sizes or whole) else 0
 
 

@@ -16,7 +16,8 @@ def info():
     lines = [
         f"jax_fa {__version__}, jax {jax.__version__}",
         f"kernels: {', '.join(sorted(_jax_fa.handlers()))}",
-        f"head dims: multiples of 8 up to {max(_jax_fa.head_dims)}, "
+        f"head dims: multiples of 8 up to {_jax_fa.max_head_dim(2, False)}, of gradients and "
+        f"float32 up to {_jax_fa.max_head_dim(2, True)}, "
         f"on tiles of {', '.join(map(str, _jax_fa.head_dims))}",
     ]
     for device in jax.devices():

@@ -71,18 +71,19 @@ def check_dense(shape, dtype, options, rng):
 
 
 def filled(
-    rng, kind, batch, length, heads, dim, dtype, granularity="head", size=None, page=16, layers=None
-):
+    rng, kind, batch, length, heads, dim, dtype, granularity="head", size=None, page=16,
+    layers=None, dim_v=None,
+):  # fmt: skip
     """k and v of a cache, the same in float64, and maps; pages are permuted."""
     lead = () if layers is None else (layers,)
     if kind == "contiguous":
-        shape, maps = (*lead, batch, length, heads, dim), {}
+        shape, maps = (*lead, batch, length, heads), {}
     else:
         pages = -(-length // page)
         order = rng.permutation(batch * pages + 3)[: batch * pages].reshape(batch, pages)
-        shape = (*lead, batch * pages + 3, page, heads, dim)
+        shape = (*lead, batch * pages + 3, page, heads)
         maps = {"page_table": jnp.asarray(order, jnp.int32)}
-    k, v = (cases.normal(rng, *shape) for _ in "kv")
+    k, v = (cases.normal(rng, *shape, d) for d in (dim, dim_v or dim))
     if dtype in DTYPES:
         k, v = (x.astype(dtype) for x in (k, v))
         wide = [reference.as_float64(x) for x in (k, v)]

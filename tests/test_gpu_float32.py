@@ -58,7 +58,7 @@ def test_sizes(len_q, len_kv, rng):
 
 @pytest.mark.parametrize("names", [(), ("causal", "sinks"), ("window", "softcap")], ids=str)
 def test_varlen(names, rng):
-    gradients.test_varlen("float32", 72, names, False, rng)
+    gradients.test_varlen("float32", 72, 72, names, False, rng)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])

@@ -123,11 +123,11 @@ def oracle(q, k, v, do, dlse, *, q_lengths=None, kv_lengths=None, alibi_slopes=N
     return out
 
 
-def cotangents(rng, q, dtype):
+def cotangents(rng, q, dtype, dim_v=None):
     """do and dlse; lse's where a row sees nothing is not used."""
     *lead, len_q, heads, dim = q.shape
     return (
-        cases.normal(rng, *lead, len_q, heads, dim, dtype=dtype),
+        cases.normal(rng, *lead, len_q, heads, dim_v or dim, dtype=dtype),
         cases.normal(rng, *lead, heads, len_q),
     )
 
@@ -173,7 +173,7 @@ def compare(actual, expected, low, dtype):
 
 def check_dense(shape, dtype, options, rng, **fixed):
     q, k, v = cases.qkv(rng, shape, jnp.dtype(dtype))
-    do, dlse = cotangents(rng, q, jnp.dtype(dtype))
+    do, dlse = cotangents(rng, q, jnp.dtype(dtype), shape.dim_v)
     actual = run_dense(q, k, v, do, dlse, options, **fixed)
     assert all(actual[name].dtype == jnp.dtype(dtype) for name in NAMES[:3])
     options = cases.oracle_options(options, shape.batch)
@@ -190,6 +190,32 @@ def check_dense(shape, dtype, options, rng, **fixed):
 def test_head_dims(head_dim, dtype, deterministic, rng):
     shape = cases.Shape(1, 149, 217, 4, 2, head_dim)
     check_dense(shape, dtype, {"causal": True}, rng, deterministic=deterministic)
+
+
+VALUE_DIMS = [(64, 128), (128, 64), (40, 72), (72, 96), (192, 128), (64, 160), (256, 96)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", VALUE_DIMS, ids=str)
+def test_values_of_another_head_dim(dims, dtype, deterministic, rng):
+    shape = cases.Shape(2, 149, 217, 4, 2, *dims)
+    check_dense(shape, dtype, {"causal": True}, rng, deterministic=deterministic)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("causal", "softcap"), ("bias", "sinks"), ("window", "alibi", "q_lengths", "kv_lengths")],
+    ids="-".join,
+)
+@pytest.mark.parametrize("dims", [(64, 128), (128, 64), (192, 128)], ids=str)
+def test_features_with_values_of_another_head_dim(dims, names, rng):
+    shape = cases.Shape(3, 113, 139, 6, 2, *dims)
+    check_dense(shape, "bfloat16", cases.options_of(names, rng, shape), rng)
+
+
+def test_heads_without_a_kernel_have_gradients(rng):
+    check_dense(cases.Shape(1, 65, 99, 4, 1, 512), "bfloat16", {"causal": True}, rng)
 
 
 @pytest.mark.parametrize("names", cases.PAIRS, ids="-".join)
@@ -366,17 +392,23 @@ LENGTHS_Q, LENGTHS_K = [0, 70, 1, 0, 129, 5], [3, 70, 200, 0, 131, 0]
               ("causal", "dropout")],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float16", 128), ("float32", 72)])
-def test_varlen(dtype, head_dim, names, deterministic, rng):
+@pytest.mark.parametrize(
+    "dtype, dim, dim_v",
+    [
+        ("bfloat16", 64, 64), ("float16", 128, 128), ("float32", 72, 72), ("bfloat16", 128, 64),
+        ("bfloat16", 40, 128),
+    ],
+)  # fmt: skip
+def test_varlen(dtype, dim, dim_v, names, deterministic, rng):
     """Padded to a dense batch it is the same call; 5 queries and 7 keys belong to no row."""
     total_q, total_k = sum(LENGTHS_Q) + 5, sum(LENGTHS_K) + 7
-    shape = cases.Shape(6, 129, 200, 4, 2, head_dim)
+    shape = cases.Shape(6, 129, 200, 4, 2, dim, dim_v)
     options = cases.options_of(names, rng, shape)
     arrays, static = cases.split_options(options)
     dtype_ = jnp.dtype(dtype)
-    q = cases.normal(rng, total_q, 4, head_dim, dtype=dtype_)
-    k, v = (cases.normal(rng, total_k, 2, head_dim, dtype=dtype_) for _ in "kv")
-    do, dlse = cotangents(rng, q, dtype_)
+    q = cases.normal(rng, total_q, 4, dim, dtype=dtype_)
+    k, v = (cases.normal(rng, total_k, 2, d, dtype=dtype_) for d in (dim, dim_v))
+    do, dlse = cotangents(rng, q, dtype_, dim_v)
     cu_q, cu_k = cases.cu_seqlens(LENGTHS_Q), cases.cu_seqlens(LENGTHS_K)
 
     def fn(q, k, v, **arrays):
@@ -521,9 +553,9 @@ def test_quantized_keys_run_through_the_reference(rng):
 @pytest.mark.sanitize
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 256])
-def test_sanitize_gradients(head_dim, dtype, deterministic, rng):
-    shape = cases.Shape(2, 17, 35, 2, 1, head_dim)
+@pytest.mark.parametrize("dims", [(d, d) for d in (40, 64, 96, 128, 256)] + [(64, 128)], ids=str)
+def test_sanitize_gradients(dims, dtype, deterministic, rng):
+    shape = cases.Shape(2, 17, 35, 2, 1, *dims)
     names = ("causal", "softcap", "alibi", "sinks", "bias", "kv_lengths")
     options = cases.options_of(names, rng, shape)
     check_dense(shape, dtype, options, rng, deterministic=deterministic)

@@ -12,16 +12,20 @@ import jax_fa
 pytestmark = pytest.mark.gpu
 
 
+DENSE = [(dtype, (dim, dim)) for dtype in DTYPES for dim in (40, 64, 128, 256)]
+DENSE += [("bfloat16", (192, 128)), ("bfloat16", (64, 128)), ("float16", (512, 512))]
+
+
 @pytest.mark.sanitize
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
-def test_sanitize_dense(head_dim, dtype, rng):
-    shape = cases.Shape(2, 17, 35, 2, 1, head_dim)
+@pytest.mark.parametrize("dtype, dims", DENSE, ids=str)
+def test_sanitize_dense(dtype, dims, rng):
+    shape = cases.Shape(2, 17, 35, 2, 1, *dims)
     options = cases.options_of(
         ("causal", "softcap", "alibi", "sinks", "bias", "kv_lengths"), rng, shape
     )
     check_dense(shape, dtype, options, rng)
     check_dense(shape, dtype, cases.options_of(("causal", "dropout"), rng, shape), rng)
+    check_dense(shape, dtype, {"causal": True}, rng)
 
 
 @pytest.mark.sanitize

@@ -213,25 +213,25 @@ def test_an_unknown_arch_is_refused():
     assert "ValueError: JAX_FA_ARCH must be sm80 or unset, got sm75" in out.stderr
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_decode_splits_bound_scratch_and_leave_work_for_each(head_dim):
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (256, 256), (64, 256)], ids=str)
+def test_decode_splits_bound_scratch_and_leave_work_for_each(dims):
     rng = np.random.default_rng(2)
     for _ in range(2000):
         batch, len_q = int(rng.integers(1, 300)), int(rng.integers(1, 17))
         heads_kv, group = int(rng.choice([1, 2, 8, 32])), int(rng.choice([1, 4, 8]))
         length = int(rng.integers(1, 1 << 17))
-        splits = _jax_fa.decode_splits(batch, len_q, heads_kv * group, heads_kv, head_dim, length)
+        splits = _jax_fa.decode_splits(batch, len_q, heads_kv * group, heads_kv, *dims, length)
         assert 1 <= splits <= 256
         if splits > 1:
             rows = splits * batch * len_q * heads_kv * group
-            assert rows * (head_dim + 1) * 4 <= 64 << 20
+            assert rows * (dims[1] + 1) * 4 <= 64 << 20
             assert length // splits >= 32
 
 
 @pytest.mark.parametrize("key_bytes", [0, 1, 2])
 def test_decode_splits_of_few_keys_stay_whole(key_bytes):
     for length in (1, 64, 127):
-        assert _jax_fa.decode_splits(4, 1, 32, 8, 128, length, key_bytes) == 1
+        assert _jax_fa.decode_splits(4, 1, 32, 8, 128, 128, length, key_bytes) == 1
 
 
 def test_parts_of_packed_rows_take_every_step_once_in_equal_shares():
@@ -251,12 +251,13 @@ def test_scratch_of_packed_rows_is_bounded_and_holds_a_fixed_split():
     rng = np.random.default_rng(4)
     for _ in range(2000):
         batch, heads_kv = int(rng.integers(1, 2000)), int(rng.choice([1, 2, 8, 32]))
-        group, head_dim = int(rng.choice([1, 3, 4, 8, 16, 40])), int(rng.choice([64, 128, 256]))
+        group = int(rng.choice([1, 3, 4, 8, 16, 40]))
+        dim, dim_v = (int(x) for x in rng.choice([64, 128, 256], 2))
         length, split = int(rng.integers(1, 1 << 17)), int(rng.integers(1, 5000))
-        shape = batch, heads_kv * group, heads_kv, head_dim, length
+        shape = batch, heads_kv * group, heads_kv, dim, dim_v, length
         for size in (0, split):
             columns, part_keys = _jax_fa.packed_scratch(*shape, size)
-            assert columns * (head_dim + 1) * 4 <= 96 << 20
+            assert columns * (dim_v + 1) * 4 <= 96 << 20
             assert part_keys >= size and (size == 0) == (part_keys == 0)
         parts = -(-length // part_keys)
         row_columns = _jax_fa.decode_max_len_q(group) * group
@@ -356,6 +357,69 @@ def test_explain_says_why_there_is_no_kernel():
     q = jax.ShapeDtypeStruct((1, 64, 2, 60), jnp.float16)
     (call,) = jax_fa.explain(lambda q: jax_fa.flash_attention(q, q, q), q, device="h200")
     assert call.kernel == "none" and "head dim 60" in call.reason
+
+
+def explain_heads(dim, dim_v, dtype=jnp.bfloat16, device="h200", grad=False, **options):
+    q, k, v = (jax.ShapeDtypeStruct((1, 512, 4, d), dtype) for d in (dim, dim, dim_v))
+    fn = lambda q, k, v: jax_fa.flash_attention(q, k, v, **options)  # noqa: E731
+    loss = jax.grad(lambda *x: fn(*x).astype(jnp.float32).sum(), (0, 1, 2))
+    return jax_fa.explain(loss if grad else fn, q, k, v, device=device)
+
+
+@pytest.mark.parametrize(
+    "dims, kernel, tile",
+    [
+        ((64, 128), "sm90/fwd", 128),
+        ((128, 64), "sm90/fwd", 128),
+        ((40, 256), "sm90/fwd", 256),
+        ((192, 128), "sm90/fwd", 192),
+        ((512, 512), "sm80/fwd", 512),
+        ((264, 64), "sm80/fwd", 512),
+        ((64, 320), "sm80/fwd", 512),
+    ],
+    ids=str,
+)
+def test_explain_of_heads_takes_the_tile_that_holds_keys_and_values(dims, kernel, tile):
+    (call,) = explain_heads(*dims)
+    assert call.kernel == kernel and call.tile[2] == tile
+    assert call.flops == 2 * sum(dims) * 4 * 512 * 512
+
+
+def test_explain_of_narrow_values_has_wider_tiles_of_keys():
+    (wide,), (narrow,), (softcap,) = (
+        explain_heads(*dims)
+        for dims, softcap in (((192, 192), None), ((192, 128), None), ((160, 96), None))
+    )
+    assert wide.tile[1] < narrow.tile[1] == softcap.tile[1]
+    (portable,) = explain_heads(192, 128, device="a100")
+    assert portable.kernel == "sm80/fwd"
+
+
+def test_explain_of_gradients_of_two_head_dims():
+    forward, backward = explain_heads(192, 128, grad=True)
+    assert backward.kernel == "sm80/bwd_shared" and backward.tile[2] == 192
+    assert backward.flops == 2 * (3 * 192 + 2 * 128) * 4 * 512 * 512
+    assert explain_heads(64, 96, grad=True)[1].kernel == "sm90/bwd"
+    forward, backward = explain_heads(512, 512, grad=True)
+    assert forward.kernel == "sm80/fwd" and backward.kernel == "reference"
+    assert "head dim 512 of k; bfloat16 kernels take multiples of 8 up to 256" in backward.reason
+
+
+def test_explain_of_caches_with_wide_heads_names_the_prefill_kernel():
+    def kernel(dim, dim_v):
+        q = jax.ShapeDtypeStruct((2, 1, 8, dim), jnp.bfloat16)
+        k, v = (jax.ShapeDtypeStruct((2, 4096, 1, d), jnp.bfloat16) for d in (dim, dim_v))
+        lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+        (decode,) = jax_fa.explain(jax_fa.decode_attention, q, k, v, lengths, device="h200")
+        packed = jax.ShapeDtypeStruct((9, 8, dim), jnp.bfloat16)
+        cu = jax.ShapeDtypeStruct((3,), jnp.int32)
+        (hybrid,) = jax_fa.explain(
+            jax_fa.hybrid_attention, packed, k, v, cu, lengths, device="h200"
+        )
+        return decode.kernel, hybrid.kernel
+
+    assert kernel(192, 128) == ("decode", "decode, sm90/fwd")
+    assert kernel(512, 512) == kernel(64, 512) == ("sm80/fwd", "sm80/fwd")
 
 
 def test_explain_of_an_unknown_device_lists_those_known():

@@ -215,13 +215,29 @@ def wide(dim):
     return (2, 128, 8, dim), (2, 128, 2, dim)
 
 
-MOST = max(_jax_fa.head_dims)
+MOST, MOST_FLOAT32 = _jax_fa.max_head_dim(2, False), _jax_fa.max_head_dim(4, False)
 UNCOVERED = {
     "float64": (dense(dtype=jnp.float64), "q is float64; kernels take float16, bfloat16, float32"),
-    "Hv": (dense(dim_v=32), "head dim 32 of v; kernels take that of k, 64"),
-    "H=260": (dense(*wide(260)), f"head dim 260; kernels take multiples of 8 up to {MOST}"),
-    "H=264": (dense(*wide(264)), f"head dim 264; kernels take multiples of 8 up to {MOST}"),
-    "H=36": (dense(*wide(36)), f"head dim 36; kernels take multiples of 8 up to {MOST}"),
+    "Hv": (
+        dense(dim_v=36),
+        f"head dim 36 of v; bfloat16 kernels take multiples of 8 up to {MOST}",
+    ),
+    "H=260": (
+        dense(*wide(260)),
+        f"head dim 260 of k; bfloat16 kernels take multiples of 8 up to {MOST}",
+    ),
+    "H=520": (
+        dense(*wide(520)),
+        f"head dim 520 of k; bfloat16 kernels take multiples of 8 up to {MOST}",
+    ),
+    "H=36": (
+        dense(*wide(36)),
+        f"head dim 36 of k; bfloat16 kernels take multiples of 8 up to {MOST}",
+    ),
+    "float32 H=264": (
+        dense(*wide(264), dtype=jnp.float32),
+        f"head dim 264 of k; float32 kernels take multiples of 8 up to {MOST_FLOAT32}",
+    ),
 }
 
 
@@ -231,6 +247,29 @@ def test_what_no_kernel_covers_says_why(name):
     with jax.enable_x64(name == "float64"):
         with pytest.raises(NotImplementedError, match=f"jax_fa_fwd has no CUDA kernel .*{reason}"):
             call()
+
+
+def test_values_of_another_head_dim_lower_to_kernels():
+    q, k, v = avals((2, 128, 8, 64), (2, 128, 2, 64), (2, 128, 2, 32))
+    assert calls(dense(dim_v=32)()) == ["jax_fa_fwd"]
+
+    def gradients(q, k, v):
+        loss = lambda *x: jax_fa.flash_attention(*x).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    assert calls(lower(gradients, q, k, v)) == ["jax_fa_fwd", "jax_fa_fwd_bwd"]
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    text = lower(jax_fa.decode_attention, avals((2, 8, 64))[0], k, v, lengths)
+    assert calls(text) == ["jax_fa_decode"]
+
+
+def test_gradients_of_wide_heads_run_through_xla():
+    q, k = avals((2, 64, 4, MOST), (2, 64, 1, MOST))
+
+    def gradients(q, k):
+        return jax.grad(lambda q, k: flash(q, k, k).astype(jnp.float32).sum(), (0, 1))(q, k)
+
+    assert calls(lower(gradients, q, k)) == ["jax_fa_fwd"]
 
 
 def quantized(values, scale, fn):

@@ -348,8 +348,9 @@ cudaError_t launch_columns(const AttentionParams& p, const SplitScratch& scratch
   if constexpr (kHeadDim <= 128) {
     using Wide = Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 1, true, kWideWarps>;
     using Four = Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 4>;
-    const DecodeSplit split = decode_split(p.batch, p.len_q, p.heads_q, p.heads_kv, p.head_dim,
-                                           p.kv.len_kv, KeyFormat::kBytes / KeyFormat::kElements);
+    const DecodeSplit split =
+        decode_split(p.batch, p.len_q, p.heads_q, p.heads_kv, p.head_dim, p.head_dim_v, p.kv.len_kv,
+                     KeyFormat::kBytes / KeyFormat::kElements);
     if (split.warps == kWideWarps) return launch_dense<Wide>(p, scratch, stream);
     if (tiles == 4) return launch_dense<Four>(p, scratch, stream);
   }

@@ -70,7 +70,8 @@ template <typename T>
 __device__ int choose(const AttentionParams& p, const SplitScratch& scratch, const Trial& trial,
                       int64_t steps, int longest, bool elsewhere) {
   const auto bytes = [](const KvTensor& x) { return x.dtype >= DType::kInt8 ? 1 : 2; };
-  const DecodeModel model{int(gridDim.x), float(p.head_dim * (bytes(p.k) + bytes(p.v))), 20,
+  const DecodeModel model{int(gridDim.x),
+                          float(p.head_dim * bytes(p.k) + p.head_dim_v * bytes(p.v)), 20,
                           T::kWarps * T::kStages * T::kStepKeys};
   const bool split = longest > trial.part_steps;
   const float blocks = float(trial.units) * p.heads_kv;

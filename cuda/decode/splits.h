@@ -82,20 +82,20 @@ struct DecodeSplit {
 // What the model likes best for dense queries over a cache of full rows. key_bytes: of an element;
 // 0 for what only the general kernels read.
 inline DecodeSplit decode_split(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
-                                int64_t max_len_kv, int key_bytes) {
+                                int head_dim_v, int64_t max_len_kv, int key_bytes) {
   constexpr int64_t kScratchBytes = 64 << 20;
-  const int columns = heads_q / heads_kv * len_q;
-  const int tiles = decode_column_tiles(head_dim, columns);
+  const int columns = heads_q / heads_kv * len_q, dim = std::max(head_dim, head_dim_v);
+  const int tiles = decode_column_tiles(dim, columns);
   const int64_t blocks = int64_t(batch) * heads_kv * ((columns + tiles * 8 - 1) / (tiles * 8));
 
   DecodeSplit best{decode_warps(tiles), 1};
   float best_time = INFINITY;
   const auto try_warps = [&](int warps, int slots, int block_keys, int64_t most_blocks) {
-    const DecodeModel model{slots, head_dim * 2.f * (key_bytes == 1 ? 1 : 2), block_keys,
-                            warps * 32};
+    const DecodeModel model{slots, (head_dim + head_dim_v) * (key_bytes == 1 ? 1.f : 2.f),
+                            block_keys, warps * 32};
     for (int splits = 1; splits <= kMaxSplits; ++splits) {
       const int64_t scratch =
-          decode_scratch_bytes(splits, int64_t(batch) * len_q, heads_q, head_dim);
+          decode_scratch_bytes(splits, int64_t(batch) * len_q, heads_q, head_dim_v);
       if (splits > 1 && (max_len_kv < splits * kMinSplitKeys || scratch > kScratchBytes)) break;
       if (blocks * splits > most_blocks) break;
       if (warps == kWideWarps && max_len_kv > splits * int64_t(kWideKeys) * key_bytes) continue;
@@ -107,12 +107,12 @@ inline DecodeSplit decode_split(int batch, int len_q, int heads_q, int heads_kv,
       }
     }
   };
-  const int warps = decode_warps(tiles), slots = decode_slots(head_dim, tiles, warps);
+  const int warps = decode_warps(tiles), slots = decode_slots(dim, tiles, warps);
   // one wave of bytes is best with no more blocks than for 16 bits: 16 x 32768 keys of 8 heads take
   // 272 us in 768 blocks and 280 in 1024 (H200)
   if (key_bytes == 1) try_warps(warps, slots, 20, slots);
-  try_warps(warps, decode_slots(head_dim, tiles, warps, key_bytes), 20, INT64_MAX);
-  if (tiles == 1 && head_dim <= 128 && key_bytes > 0) {
+  try_warps(warps, decode_slots(dim, tiles, warps, key_bytes), 20, INT64_MAX);
+  if (tiles == 1 && dim <= 128 && key_bytes > 0) {
     try_warps(kWideWarps, kMultiprocessors, 120, kMultiprocessors);
   }
   return best;
@@ -138,12 +138,13 @@ struct PackedScratch {
 // A split_size other than 0 fixes the parts whatever the rows' lengths are, so it grows until the
 // partials of full rows have place. Else a few waves of blocks have.
 constexpr PackedScratch packed_scratch(int batch, int heads_q, int heads_kv, int head_dim,
-                                       int64_t max_len_kv, int split_size) {
+                                       int head_dim_v, int64_t max_len_kv, int split_size) {
   constexpr int64_t kBytes = 96 << 20;
   const int heads_group = heads_q / heads_kv, tiles = packed_column_tiles(heads_group);
-  const int64_t rows = int64_t(batch) * heads_kv, most = kBytes / ((head_dim + 1) * 4);
+  const int64_t rows = int64_t(batch) * heads_kv, most = kBytes / ((head_dim_v + 1) * 4);
   if (split_size == 0) {
-    const int64_t tasks = rows + 8 * decode_slots(head_dim, tiles, decode_warps(tiles));
+    const int dim = std::max(head_dim, head_dim_v);
+    const int64_t tasks = rows + 8 * decode_slots(dim, tiles, decode_warps(tiles));
     return {int(std::min(tasks * tiles * 8, most)), 0};
   }
   const int groups = (heads_group * decode_max_len_q(heads_group) - 1) / (tiles * 8) + 1;

@@ -431,17 +431,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     dk_factor[r] = live ? fwd.scale : 0.f;
     dv_factor[r] = live ? 1.f : 0.f;
   }
-  const int64_t first =
-      (fwd.q_start ? 0 : keys.b * params.dkv_row_stride) + keys.token0 * params.dkv_token_stride;
   const auto write = [&](const typename B::Sums& sums, const float (&factor)[kM], void* out,
-                         int dims) {
-    float* gX = static_cast<float*>(out) + first + int64_t(keys.head) * dims;
-    store<B>(sums, factor, dims, [&](int row) {
-      return row < keys.rows ? gX + row * params.dkv_token_stride : nullptr;
-    });
+                         int64_t row_stride, int64_t token_stride, int dims) {
+    float* gX = static_cast<float*>(out) + (fwd.q_start ? 0 : keys.b * row_stride) +
+                keys.token0 * token_stride + int64_t(keys.head) * dims;
+    store<B>(sums, factor, dims,
+             [&](int row) { return row < keys.rows ? gX + row * token_stride : nullptr; });
   };
-  write(dk, dk_factor, params.dk, fwd.head_dim);
-  write(dv, dv_factor, params.dv, fwd.head_dim_v);
+  write(dk, dk_factor, params.dk, params.dk_row_stride, params.dk_token_stride, fwd.head_dim);
+  write(dv, dv_factor, params.dv, params.dv_row_stride, params.dv_token_stride, fwd.head_dim_v);
 }
 
 // dQ_i

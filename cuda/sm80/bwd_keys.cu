@@ -94,21 +94,23 @@ struct Consumer {
   __device__ void finish() {
     const AttentionParams& fwd = params.fwd;
     const KeyTile& keys = shared.plan.keys;
-    const int64_t row = fwd.q_start ? 0 : keys.b * params.dkv_row_stride;
-    const auto out = [&](void* x, int dim) {
-      auto* gX = static_cast<typename Traits::Element*>(x) + row +
-                 keys.token0 * params.dkv_token_stride + int64_t(keys.head) * dim;
-      return TileRows<Traits>{gX, params.dkv_token_stride, keys.rows, dim};
+    const auto out = [&](void* x, int64_t row_stride, int64_t token_stride, int dim) {
+      auto* gX = static_cast<typename Traits::Element*>(x) +
+                 (fwd.q_start ? 0 : keys.b * row_stride) + keys.token0 * token_stride +
+                 int64_t(keys.head) * dim;
+      return TileRows<Traits>{gX, token_stride, keys.rows, dim};
     };
     const uint32_t sRows = ptx::shared_address(shared.k[warp_row]);
     if constexpr (Traits::kDk) {
       scale_tile(dk, fwd.scale);
-      store_o<Traits>(out(params.dk, fwd.head_dim), dk, warp_row, sRows);
+      store_o<Traits>(out(params.dk, params.dk_row_stride, params.dk_token_stride, fwd.head_dim),
+                      dk, warp_row, sRows);
     }
     if constexpr (Traits::kDk && Traits::kDv) __syncwarp();  // the rows of dk are read
     if constexpr (Traits::kDv) {
       if constexpr (Score::kDropout) scale_tile(dv, fwd.dropout_scale);
-      store_o<Traits>(out(params.dv, fwd.head_dim_v), dv, warp_row, sRows);
+      store_o<Traits>(out(params.dv, params.dv_row_stride, params.dv_token_stride, fwd.head_dim_v),
+                      dv, warp_row, sRows);
     }
   }
 };

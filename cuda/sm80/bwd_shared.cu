@@ -113,8 +113,10 @@ struct Consumer {
     write(ptx::shared_address(shared.k), dk, params.fwd.scale);
     write(ptx::shared_address(shared.v), dv, Score::kDropout ? params.fwd.dropout_scale : 1.f);
     __syncthreads();  // every warp's part is written
-    store(params.dk, ptx::shared_address(shared.k), params.fwd.head_dim);
-    store(params.dv, ptx::shared_address(shared.v), params.fwd.head_dim_v);
+    store(params.dk, params.dk_row_stride, params.dk_token_stride, ptx::shared_address(shared.k),
+          params.fwd.head_dim);
+    store(params.dv, params.dv_row_stride, params.dv_token_stride, ptx::shared_address(shared.v),
+          params.fwd.head_dim_v);
   }
 
  private:
@@ -136,18 +138,18 @@ struct Consumer {
     }
   }
 
-  __device__ void store(void* x, uint32_t sTile, int dims) const {
+  __device__ void store(void* x, int64_t row_stride, int64_t token_stride, uint32_t sTile,
+                        int dims) const {
     const KeyTile& keys = shared.plan.keys;
-    const int64_t row0 = params.fwd.q_start ? 0 : keys.b * params.dkv_row_stride;
-    auto* gX = static_cast<typename Traits::Element*>(x) + row0 +
-               keys.token0 * params.dkv_token_stride + int64_t(keys.head) * dims;
+    const int64_t row0 = params.fwd.q_start ? 0 : keys.b * row_stride;
+    auto* gX = static_cast<typename Traits::Element*>(x) + row0 + keys.token0 * token_stride +
+               int64_t(keys.head) * dims;
     TileShare<Traits, kBlockM>().for_each(sTile, [&](int row, int chunk, uint32_t place) {
       const int dim = chunk * Layout::kChunkElements;
       if (row >= keys.rows || dim >= dims) return;
       uint32_t y[4];
       ptx::load_shared_v4(y, place);
-      *reinterpret_cast<uint4*>(gX + row * params.dkv_token_stride + dim) =
-          make_uint4(y[0], y[1], y[2], y[3]);
+      *reinterpret_cast<uint4*>(gX + row * token_stride + dim) = make_uint4(y[0], y[1], y[2], y[3]);
     });
   }
 };

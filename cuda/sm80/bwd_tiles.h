@@ -14,7 +14,8 @@ struct BwdTile {
   int m, n;
   int warps;
   int blocks_per_sm;
-  int stages;  // buffers of walked rows
+  int stages;         // buffers of walked rows
+  int dim_parts = 1;  // as in FwdTile
 };
 
 // What a kernel that owns keys computes. Past head_dim 128 a warp's dk and dv do not fit the

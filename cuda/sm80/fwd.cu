@@ -3,7 +3,9 @@
 // A block takes one tile of kBlockM queries of one head and walks the tiles of keys that some of
 // them see, from the last to the first. Each warp owns whole rows: scores, probabilities and output
 // stay in its registers, and warps meet only to hand over tiles of keys and values. There is one
-// buffer of each. Per tile of keys:
+// buffer of each. Rows too wide for the registers of one warp are shared by several: each
+// multiplies a part of the dims, they exchange what that adds to the scores and form the same
+// probabilities, and each has the output of its dims. Per tile of keys:
 //
 //     wait for K(n)                      | K(n) has landed, V(n + 1) is used up
 //     start V(n)    s = q K(n)^T         |
@@ -37,9 +39,12 @@ struct Traits {
   static constexpr int kBlockN = kTile.n;
   static constexpr int kWarps = kTile.warps;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kWarpM = kBlockM / kWarps;
+  static constexpr int kDimParts = kTile.dim_parts;
+  static constexpr int kRowWarps = kWarps / kDimParts;
+  static constexpr int kWarpM = kBlockM / kRowWarps;
   static constexpr int kMTiles = kWarpM / 16;
   static_assert(kWarpM % 16 == 0 && kBlockN % 16 == 0 && kHeadDim % 32 == 0);
+  static_assert(kDimParts == 1 || (kDimParts == 2 && kHeadDim / 2 % 64 == 0));
 };
 
 // What the threads of a block share, read where it is used: registers are for the accumulators.
@@ -48,19 +53,22 @@ struct BlockPlan {
   QueryTile tile;
   IntervalMask mask;
   KvHead k, v;
-  int begin, end;                                     // tiles of keys that some query sees,
-  int full_begin, full_end;                           // and that every query sees all of
-  Interval any[Traits::kWarps], all[Traits::kWarps];  // keys that a warp's queries see
+  int begin, end;                                           // tiles of keys that some query sees,
+  int full_begin, full_end;                                 // and that every query sees all of
+  Interval any[Traits::kRowWarps], all[Traits::kRowWarps];  // keys that a warp's queries see
 };
 
 template <class Traits, bool kQuantized>
 struct SharedStorage {
   using Element = typename Traits::Element;
   static constexpr int kScales = kQuantized ? Traits::kBlockN : 1;
+  static constexpr int kSharers = Traits::kDimParts > 1 ? Traits::kWarps : 0;
 
   alignas(128) Element q[Traits::kBlockM][Traits::kHeadDim];
   alignas(128) Element k[Traits::kBlockN][Traits::kHeadDim];
   alignas(128) Element v[Traits::kBlockN][Traits::kHeadDim];
+  // What a part of the dims adds to scores, as lanes hold it.
+  float4 scores[kSharers][Traits::kMTiles][Traits::kBlockN / 8][32];
   float k_scale[kScales], v_scale[kScales];
   PageSlots<Traits::kBlockN> slots[2];  // of tile n in slots[n % 2]: K(n - 1) follows V(n)
   BlockPlan<Traits> plan;
@@ -105,7 +113,7 @@ struct Producer {
   }
 };
 
-// The rows of one warp.
+// The rows of one warp, or the part of their dims that it multiplies.
 template <class Traits, class Score, bool kQuantized>
 struct Consumer {
   static constexpr int kMTiles = Traits::kMTiles;
@@ -115,7 +123,9 @@ struct Consumer {
 
   const AttentionParams& params;
   SharedStorage<Traits, kQuantized>& shared;
-  int warp = threadIdx.x / 32;
+  // Of the warps with other queries, and of the parts of the dims.
+  int warp = Traits::kDimParts > 1 ? threadIdx.x / 32 % Traits::kRowWarps : threadIdx.x / 32;
+  int part = Traits::kDimParts > 1 ? threadIdx.x / 32 / Traits::kRowWarps : 0;
   int warp_row = warp * Traits::kWarpM;  // the warp's first query within the tile
   OnlineSoftmax<kMTiles, kSlackLog2> softmax;
   ScoreTile<Traits> s;
@@ -176,14 +186,40 @@ struct Consumer {
     for_each_score(0, [&](float& x, int, int j) { x *= sScale[j]; });
   }
 
+  // Of rows in shared memory, from the first dim of this warp on.
+  template <class Rows>
+  __device__ uint32_t part_of(const Rows& rows) const {
+    return ptx::shared_address(rows) +
+           part * kWarpDims<Traits> * int(sizeof(typename Traits::Element));
+  }
+
   __device__ void multiply_keys() {
-    gemm_qk<Traits>(s, ptx::shared_address(shared.q[warp_row]), ptx::shared_address(shared.k));
+    gemm_qk<Traits>(s, part_of(shared.q[warp_row]), part_of(shared.k));
+    if constexpr (Traits::kDimParts > 1) add_other_part();
     if constexpr (kQuantized) scale_columns(shared.k_scale);
+  }
+
+  // The sums of both warps have the same bits: the order of two operands is none.
+  __device__ void add_other_part() {
+    const int lane = threadIdx.x % 32;
+    const auto for_each = [&](int part, auto f) {
+      auto& scores = shared.scores[part * Traits::kRowWarps + warp];
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < kBlockN / 8; ++n) f(s[m][n], scores[m][n][lane]);
+      }
+    };
+    for_each(part, [](const float (&x)[4], float4& mine) { mine = {x[0], x[1], x[2], x[3]}; });
+    ptx::named_barrier_sync(1 + warp, 64);  // both are written; the next tile's waits protect them
+    for_each(part ^ 1, [](float (&x)[4], const float4& other) {
+      x[0] += other.x, x[1] += other.y, x[2] += other.z, x[3] += other.w;
+    });
   }
 
   __device__ void multiply_values() {
     if constexpr (kQuantized) scale_columns(shared.v_scale);
-    gemm_pv<Traits>(o, s, ptx::shared_address(shared.v));
+    gemm_pv<Traits>(o, s, part_of(shared.v));
   }
 
   __device__ void apply_softmax() {
@@ -213,7 +249,9 @@ struct Consumer {
   // Closes the softmax and writes the rows; what is no query of any row gets o = 0, lse = -inf.
   __device__ void finish() {
     const QueryTile& tile = shared.plan.tile;
-    const OutputRows<Traits> out(params, tile);
+    OutputRows<Traits> out(params, tile);
+    out.gO += part * kWarpDims<Traits>;
+    out.dims -= part * kWarpDims<Traits>;
     const int64_t head = int64_t(max(tile.b, 0)) * params.heads_q + tile.head;
     const float sink = params.sinks ? params.sinks[head] : -INFINITY;
 #pragma unroll
@@ -224,7 +262,9 @@ struct Consumer {
         const bool query = tile.row0 + row < tile.len_q;
         auto result = softmax.finish(m, h, score().to_log2(), sink);
         if constexpr (Score::kDropout) result.normalize *= params.dropout_scale;
-        if (threadIdx.x % 4 == 0 && row < out.rows) out.gLse[row] = query ? result.lse : -INFINITY;
+        if (part == 0 && threadIdx.x % 4 == 0 && row < out.rows) {
+          out.gLse[row] = query ? result.lse : -INFINITY;
+        }
 #pragma unroll
         for (auto& dims : o[m]) {
 #pragma unroll
@@ -234,7 +274,7 @@ struct Consumer {
         }
       }
     }
-    store_o<Traits>(out, o, warp_row, ptx::shared_address(shared.q[warp_row]));
+    store_o<Traits>(out, o, warp_row, part_of(shared.q[warp_row]));
   }
 };
 
@@ -262,6 +302,7 @@ __device__ void make_plan(BlockPlan<Traits>& plan, const AttentionParams& p,
   if (warp == 1) plan.k = KvHead(p.k, p.kv, b, head, len_kv);
   if (warp == 2) plan.v = KvHead(p.v, p.kv, b, head, len_kv);
 
+  if (warp >= Traits::kRowWarps) return;
   const int row0 = tile.row0 + warp * Traits::kWarpM;
   const int row1 = min(row0 + Traits::kWarpM, tile.len_q);
   plan.any[warp] = row0 < row1 ? mask.seen_by_any(row0, row1) : Interval{0, 0};

@@ -1,4 +1,5 @@
-// The two products of a tile, on mma.sync, from shared memory and registers.
+// The two products of a tile, on mma.sync, from shared memory and registers. Addresses of rows are
+// those of the first dim that the warp multiplies.
 //
 // Both element widths share the fragments of Q K^T: a 16-byte chunk of a row holds 8 elements of 16
 // bits (two chunks are the k = 16 of m16n8k16) or 4 of tf32 (two chunks are the k = 8 of m16n8k8),
@@ -52,9 +53,13 @@ struct Mma<DType::kF32> {
 template <class Traits>
 using ScoreTile = float[Traits::kMTiles][Traits::kBlockN / 8][4];
 
+// Dims of a row that one warp multiplies, from a multiple of 64 on: all, unless warps share rows.
+template <class Traits>
+constexpr int kWarpDims = Traits::kHeadDim / Traits::kTile.dim_parts;
+
 // Output of a warp: as ScoreTile over dims, but for float32 in the order that store.cuh undoes.
 template <class Traits>
-using OutputTile = float[Traits::kMTiles][Traits::kHeadDim / 8][4];
+using OutputTile = float[Traits::kMTiles][kWarpDims<Traits> / 8][4];
 
 template <class Traits>
 __device__ void round_operand(uint32_t (&x)[4]) {
@@ -78,7 +83,7 @@ __device__ void gemm_qk(ScoreTile<Traits>& s, uint32_t sQ, uint32_t sK) {
     for (auto& tile : row) tile[0] = tile[1] = tile[2] = tile[3] = 0.f;
   }
 #pragma unroll
-  for (int k = 0; k < Layout::kChunks / 2; ++k) {
+  for (int k = 0; k < kWarpDims<Traits> / Layout::kChunkElements / 2; ++k) {
     uint32_t q[Traits::kMTiles][4];
 #pragma unroll
     for (int m = 0; m < Traits::kMTiles; ++m) {
@@ -118,7 +123,7 @@ __device__ void gemm_pv(OutputTile<Traits>& o, const ScoreTile<Traits>& p, uint3
       }
     }
 #pragma unroll
-    for (int d = 0; d < Traits::kHeadDim / 16; ++d) {
+    for (int d = 0; d < kWarpDims<Traits> / 16; ++d) {
       uint32_t values[4];  // two blocks of 8 dims, two blocks of 8 keys of each
       const uint32_t sBlock = sV + k * 16 * Layout::kRowBytes;
       ptx::ldmatrix_x4_trans(values, sBlock + Layout::advance(place, 2 * d));
@@ -151,7 +156,7 @@ __device__ void gemm_pv(OutputTile<Traits>& o, const ScoreTile<Traits>& p, uint3
       for (int i = 0; i < 4; ++i) weights[m][i] = ptx::tf32(p[m][k][i % 2 * 2 + i / 2]);
     }
 #pragma unroll
-    for (int d = 0; d < Traits::kHeadDim / 32; ++d) {
+    for (int d = 0; d < kWarpDims<Traits> / 32; ++d) {
       uint32_t even[4], odd[4];
       ptx::load_shared_v4(even, sEven + k * 8 * Layout::kRowBytes + d * 128);
       ptx::load_shared_v4(odd, sOdd + k * 8 * Layout::kRowBytes + d * 128);

@@ -41,7 +41,7 @@ __device__ void store_o(const TileRows<Traits>& out, const OutputTile<Traits>& o
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
-      for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+      for (int n = 0; n < kWarpDims<Traits> / 8; ++n) {
         ptx::store_shared(sRows + Layout::offset(m * 16 + h * 8 + lane / 4, n) + lane % 4 * 4,
                           Mma<Traits::kDType>::pack(o[m][n][2 * h], o[m][n][2 * h + 1]));
       }
@@ -54,7 +54,7 @@ __device__ void store_o(const TileRows<Traits>& out, const OutputTile<Traits>& o
     if (warp_row + row >= out.rows) continue;
     auto* gRow = out.gO + (warp_row + row) * out.stride;
 #pragma unroll
-    for (int c = 0; c < Layout::kChunks; c += Layout::kGroup) {
+    for (int c = 0; c < kWarpDims<Traits> / 8; c += Layout::kGroup) {
       const int chunk = c + lane % Layout::kGroup;
       uint32_t x[4];
       ptx::load_shared_v4(x, sRows + Layout::offset(row, chunk));
@@ -79,7 +79,7 @@ __device__ void store_o(const TileRows<Traits>& out, const OutputTile<Traits>& o
       const int row = warp_row + m * 16 + h * 8 + lane / 4;
       if (row >= out.rows) continue;
 #pragma unroll
-      for (int d = 0; d < Traits::kHeadDim / 32; ++d) {
+      for (int d = 0; d < kWarpDims<Traits> / 32; ++d) {
         const int dim = d * 32 + lane % 4 * 8;
         if (dim >= out.dims) continue;
         auto* gDims = reinterpret_cast<float4*>(out.gO + row * out.stride + dim);

@@ -13,14 +13,15 @@
 
 namespace jax_fa {
 
-template <int kHeadDim_, DType kDType_, FwdClass kClass_>
+template <int kHeadDim_, int kHeadDimV_, DType kDType_, FwdClass kClass_>
 struct HopperTraits {
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_;    // of queries and keys
+  static constexpr int kHeadDimV = kHeadDimV_;  // of values and output
   static constexpr DType kDType = kDType_;
   static constexpr FwdClass kClass = kClass_;
   using Element = typename Mma<kDType>::Element;
 
-  static constexpr HopperTile kTile = fwd_sm90_tile(kHeadDim, kClass);
+  static constexpr HopperTile kTile = fwd_sm90_tile(kHeadDim, kHeadDimV, kClass);
   static constexpr int kBlockM = kTile.m;
   static constexpr int kBlockN = kTile.n;
   static constexpr int kStages = kTile.stages;
@@ -37,10 +38,11 @@ struct HopperTraits {
   static constexpr bool kSkips = kBlockM > kBlockN;
 
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;  // elements: see wgmma.cuh
-  static constexpr int kPanels = kHeadDim / kPanel;
+  static constexpr int kPanels = kHeadDim / kPanel, kPanelsV = kHeadDimV / kPanel;
+  static_assert(kHeadDimV % kPanel == 0 && kHeadDimV <= kHeadDim);  // the output's place: queries'
 
   // Products of p and v side by side: a launch of 512 threads has no register target for all 256.
-  static constexpr int kOutputParts = kQuantized && kHeadDim > 192 ? 2 : 1;
+  static constexpr int kOutputParts = kQuantized && kHeadDimV > 192 ? 2 : 1;
 
   // All that an SM has, 64 K: consumers hold s, p and o.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
@@ -50,7 +52,7 @@ struct HopperTraits {
                                             : kConsumers == 2  ? 232
                                                                : 160;
   // Whether enough are left to change scores while p V still runs.
-  static constexpr bool kScoresUnderPv = kConsumerRegisters - kBlockN * 3 / 4 - kHeadDim / 2 >= 72;
+  static constexpr bool kScoresUnderPv = kConsumerRegisters - kBlockN * 3 / 4 - kHeadDimV / 2 >= 72;
 };
 
 // What producers tell consumers of a tile.
@@ -73,15 +75,19 @@ __device__ inline KvSlot kv_slot(const KvIndex& kv, const WorkTile& tile, int ro
 template <class Traits>
 struct HopperStorage {
   using Element = typename Traits::Element;
-  template <int kRows>
-  using Tile = Element[Traits::kPanels][kRows][Traits::kPanel];
+  template <int kPanels, int kRows>
+  using Tile = Element[kPanels][kRows][Traits::kPanel];
+  using Queries = Tile<Traits::kPanels, Traits::kBlockM>;
+  using Keys = Tile<Traits::kPanels, Traits::kBlockN>;
+  using Values = Tile<Traits::kPanelsV, Traits::kBlockN>;
   static constexpr bool kStagesOutput = Traits::kTile.q_buffers > 1;
   static constexpr int kTiles = 4;  // more than products, copies and epilogue can be apart
   // Of tiles that are taken in no fixed turn: others could run what a block takes early.
   static constexpr int kTilesTaken = 2;
 
-  alignas(1024) Tile<Traits::kBlockM> q[Traits::kTile.q_buffers];
-  alignas(1024) Tile<Traits::kBlockN> k[Traits::kStages], v[Traits::kStages];
+  alignas(1024) Queries q[Traits::kTile.q_buffers];
+  alignas(1024) Keys k[Traits::kStages];
+  alignas(1024) Values v[Traits::kStages];
   // Of quantized keys and values, which take turns, with the scales of their rows.
   static constexpr int kByteStages = Traits::kTile.byte_stages;
   alignas(128) uint8_t bytes[kByteStages][Traits::kBlockN][Traits::kHeadDim];

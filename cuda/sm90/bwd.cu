@@ -289,16 +289,18 @@ struct KeyConsumer {
     const KeyTile& keys = work.keys;
     const AttentionParams& fwd = params.fwd;
     const bool live[2] = {keys.row0 + row < keys.len_kv, keys.row0 + row + 8 < keys.len_kv};
-    const int64_t token0 = (fwd.q_start ? 0 : keys.b * params.dkv_row_stride) +
-                           (keys.token0 + row) * params.dkv_token_stride;
-    const auto write = [&](const float (&x)[kHeadDim / 2], void* out, float scale, int dims) {
-      auto* gX = static_cast<typename Traits::Element*>(out) + token0 + int64_t(keys.head) * dims;
+    const auto write = [&](const float (&x)[kHeadDim / 2], void* out, int64_t row_stride,
+                           int64_t token_stride, float scale, int dims) {
+      auto* gX = static_cast<typename Traits::Element*>(out) +
+                 (fwd.q_start ? 0 : keys.b * row_stride) + (keys.token0 + row) * token_stride +
+                 int64_t(keys.head) * dims;
       store_rows<Traits>(x, scale, dims, live, [&](int h) {
-        return row + h * 8 < keys.rows ? gX + h * 8 * params.dkv_token_stride : nullptr;
+        return row + h * 8 < keys.rows ? gX + h * 8 * token_stride : nullptr;
       });
     };
-    write(dk, params.dk, fwd.scale, fwd.head_dim);
-    write(dv, params.dv, Traits::kDropout ? fwd.dropout_scale : 1.f, fwd.head_dim_v);
+    write(dk, params.dk, params.dk_row_stride, params.dk_token_stride, fwd.scale, fwd.head_dim);
+    write(dv, params.dv, params.dv_row_stride, params.dv_token_stride,
+          Traits::kDropout ? fwd.dropout_scale : 1.f, fwd.head_dim_v);
   }
 
   __device__ void run() {

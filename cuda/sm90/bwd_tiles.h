@@ -49,7 +49,8 @@ inline HopperOrder bwd_sm90_order(const BackwardParams& p, int keys, bool masked
   const int64_t tiles = bwd_keys_tiles(p, keys);
   const int64_t pairs = int64_t(fwd.q_start ? 1 : fwd.batch) * fwd.heads_kv;
   const int64_t group = fwd.heads_q / fwd.heads_kv;
-  const int64_t bytes = int64_t(fwd.len_q) * group * fwd.head_dim * (2 + 2 + 4);
+  const int64_t query_bytes = fwd.head_dim * (2 + 4) + fwd.head_dim_v * 2;
+  const int64_t bytes = int64_t(fwd.len_q) * group * query_bytes;
   const int64_t fitting =
       std::max(kFwdSectionBytes / std::max<int64_t>(1, bytes), p.deterministic ? kPairsInTurns : 1);
   const int64_t section = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(pairs, 1));

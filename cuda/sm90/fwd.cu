@@ -55,7 +55,7 @@ struct Turn {
 template <class Traits>
 struct Consumer {
   static constexpr int kBlockN = Traits::kBlockN;
-  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   using Storage = HopperStorage<Traits>;
 
   const HopperParams& hopper;
@@ -79,7 +79,7 @@ struct Consumer {
   Survivors<1, kBlockN / 8> survivors;  // unused without dropout
   float s[1][kBlockN / 8][4];
   uint32_t p[kBlockN / 4];
-  float o[kHeadDim / 2];
+  float o[kHeadDimV / 2];
 
   __device__ Consumer(const HopperParams& params, Storage& shared)
       : hopper(params), shared(shared), turn(consumer) {}
@@ -112,7 +112,7 @@ struct Consumer {
   }
 
   __device__ void start_pv() {
-    constexpr int kDims = kHeadDim / Traits::kOutputParts, kPanels = kDims / Traits::kPanel;
+    constexpr int kDims = kHeadDimV / Traits::kOutputParts, kPanels = kDims / Traits::kPanel;
     constexpr int kPanelBytes = kBlockN * Traits::kPanel * 2;
     const uint64_t v = panel_descriptor<Traits::kPanel>(shared.v[v_ring.at()], kPanelBytes);
     auto& parts = reinterpret_cast<float (&)[Traits::kOutputParts][kDims / 2]>(o);
@@ -212,7 +212,7 @@ struct Consumer {
     if constexpr (!kFirst) {
       if (!moved) return;
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= rescale[0][i / 2 % 2];
+      for (int i = 0; i < kHeadDimV / 2; ++i) o[i] *= rescale[0][i / 2 % 2];
     }
   }
 
@@ -387,10 +387,10 @@ struct Consumer {
     }
     const bool all_live = __all_sync(0xffffffff, live[0] && live[1]);
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= normalize[i / 2 % 2];
+    for (int i = 0; i < kHeadDimV / 2; ++i) o[i] *= normalize[i / 2 % 2];
     if (!all_live) {
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o[i] = live[i / 2 % 2] ? o[i] : 0.f;
+      for (int i = 0; i < kHeadDimV / 2; ++i) o[i] = live[i / 2 % 2] ? o[i] : 0.f;
     }
     if constexpr (Storage::kStagesOutput) {
       out.store_through(shared.q[q_ring.at()], o);
@@ -495,25 +495,31 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int kHeadDim, DType kDType>
+template <int kHeadDim, int kHeadDimV, DType kDType>
 cudaError_t launch_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
-  switch (fwd_sm90_class(p, kHeadDim)) {
+  const auto run = [&]<FwdClass kClass>() {
+    if constexpr (kHeadDim == kHeadDimV || !fwd_sm90_quantized(kClass)) {
+      return launch<HopperTraits<kHeadDim, kHeadDimV, kDType, kClass>>(p, stream);
+    }
+    return cudaErrorInvalidValue;
+  };
+  switch (fwd_sm90_class(p, kHeadDim, kHeadDimV)) {
     case FwdClass::kFull:
-      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kFull>>(p, stream);
+      return run.template operator()<FwdClass::kFull>();
     case FwdClass::kMasked:
-      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kMasked>>(p, stream);
+      return run.template operator()<FwdClass::kMasked>();
     case FwdClass::kQuantized:
-      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kQuantized>>(p, stream);
+      return run.template operator()<FwdClass::kQuantized>();
     case FwdClass::kQuantizedGeneral:
-      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kQuantizedGeneral>>(p, stream);
+      return run.template operator()<FwdClass::kQuantizedGeneral>();
     case FwdClass::kDropout:
-      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kDropout>>(p, stream);
+      return run.template operator()<FwdClass::kDropout>();
     default:
-      return launch<HopperTraits<kHeadDim, kDType, FwdClass::kGeneral>>(p, stream);
+      return run.template operator()<FwdClass::kGeneral>();
   }
 }
 
-template cudaError_t launch_fwd_sm90<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const AttentionParams&,
-                                                                           cudaStream_t);
+template cudaError_t launch_fwd_sm90<JAX_FA_HEAD_DIM, JAX_FA_HEAD_DIM_V, DType::JAX_FA_DTYPE>(
+    const AttentionParams&, cudaStream_t);
 
 }  // namespace jax_fa

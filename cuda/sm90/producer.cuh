@@ -142,6 +142,9 @@ struct Scheduler {
 // Warp 1 of the producers.
 template <class Traits>
 struct Loader {
+  template <int kPanels>
+  using Tile = typename HopperStorage<Traits>::template Tile<kPanels, Traits::kBlockN>;
+
   const HopperParams& params;
   HopperStorage<Traits>& shared;
   const AttentionParams& p = params.attention;
@@ -223,7 +226,7 @@ struct Loader {
   __device__ void load_bytes(const CUtensorMap& map, int head_kv, int row, const Box& box) {
     const int at = byte_ring.at();
     ptx::barrier_wait(shared.bytes_empty[at], byte_ring.parity() ^ 1);
-    expect(shared.bytes_full[at], box, 1);
+    expect(shared.bytes_full[at], box, Traits::kHeadDim);
     if (box.token >= 0) {
       ptx::tensor_load(shared.bytes[at][box_start()], map, 0, head_kv, box.token, row + box.row,
                        shared.bytes_full[at]);
@@ -231,24 +234,22 @@ struct Loader {
     byte_ring.advance();
   }
 
-  template <class Tile>
-  __device__ void load_keys(Tile& sTile, const CUtensorMap& map, ptx::Barrier& full, int head_kv,
-                            int row, const Box& box) {
-    expect(full, box, 2);
+  template <int kPanels>
+  __device__ void load_keys(Tile<kPanels>& sTile, const CUtensorMap& map, ptx::Barrier& full,
+                            int head_kv, int row, const Box& box) {
+    expect(full, box, sizeof(sTile) / Traits::kBlockN);
     if (box.token < 0) return;
 #pragma unroll
-    for (int i = 0; i < Traits::kPanels; ++i) {
+    for (int i = 0; i < kPanels; ++i) {
       ptx::tensor_load(sTile[i][box_start()], map, i * Traits::kPanel, head_kv, box.token,
                        row + box.row, full);
     }
   }
 
   // All lanes' boxes are announced before any of them lands.
-  __device__ void expect(ptx::Barrier& full, const Box& box, int element_bytes) const {
+  __device__ void expect(ptx::Barrier& full, const Box& box, int row_bytes) const {
     const int boxes = __popc(__ballot_sync(0xffffffff, box.token >= 0));
-    if (lane == 0) {
-      ptx::barrier_expect(full, boxes * params.box_tokens * Traits::kHeadDim * element_bytes);
-    }
+    if (lane == 0) ptx::barrier_expect(full, boxes * params.box_tokens * row_bytes);
     __syncwarp();
   }
 };
@@ -271,7 +272,7 @@ __device__ void clear_values(const AttentionParams& p, HopperStorage<Traits>& sh
     if (clear) {
       ptx::barrier_wait(shared.v_uncleared[at], parities >> at & 1);
       parities ^= 1 << at;
-      for (int i = 0; i < Traits::kPanels; ++i) {
+      for (int i = 0; i < Traits::kPanelsV; ++i) {
         const uint32_t sRows = ptx::shared_address(shared.v[at][i][Traits::kBlockN - rows]);
 #pragma unroll 1
         for (int c = lane; c < rows * kChunks; c += 32) {

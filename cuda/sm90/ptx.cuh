@@ -132,11 +132,7 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&x
                : "memory");
 }
 
-// A hardware barrier of the block: ends when `threads` have come, whether to wait or not.
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
+// As named_barrier_sync, without the wait.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -23,10 +23,10 @@ __device__ inline void transpose_quad(uint32_t (&x)[4]) {
 // The rows of one warp: `row0` is the first within the tile.
 template <class Traits>
 struct OutputWarp {
-  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kHeadDim = Traits::kHeadDimV;
   using Element = typename Traits::Element;
   using Output = float[kHeadDim / 2];
-  using Staging = typename HopperStorage<Traits>::template Tile<Traits::kBlockM>;
+  using Staging = typename HopperStorage<Traits>::Queries;
 
   const HopperParams& params;
   const QueryTile& q;
@@ -67,7 +67,7 @@ struct OutputWarp {
     if (row0 + 16 <= q.rows) {
       if (lane == 0) {
 #pragma unroll
-        for (int i = 0; i < Traits::kPanels; ++i) {
+        for (int i = 0; i < Traits::kPanelsV; ++i) {
           ptx::tensor_store(params.o, sRows + i * kPanelBytes, i * Traits::kPanel, q.head,
                             int(q.token0) + row0, 0);
         }

@@ -24,8 +24,8 @@ struct HopperTile {
   int dequantizers = 0;  // warpgroups that widen them
 };
 
-// Registers are what limits them: s, p and o of a warpgroup take n / 2 + n / 4 + head_dim / 2 of a
-// thread's 232 (two warpgroups of consumers) or 160 (three). Shared memory holds two buffers each
+// Registers are what limits them: s, p and o of a warpgroup take n / 2 + n / 4 + head_dim_v / 2 of
+// a thread's 232 (two warpgroups of consumers) or 160 (three). Shared memory holds two buffers each
 // of keys and values, and two of queries where that leaves keys their width.
 //
 // H200, bf16, B * T = 16384, N * H = 2048, TFLOP/s at T = 512, 2k, 16k and how other tiles do
@@ -33,10 +33,14 @@ struct HopperTile {
 // 0.99, 1.01. head_dim 128: 544 (rows do not fill n = 160), 708, 775; n = 128 1.00, 0.98, 0.96; n =
 // 160 with one buffer of queries 0.95, 0.94, 0.93; causal 338, 594, 734; n = 160 0.85, 0.94, 0.99.
 // head_dim 256: 532, 756, 836; n = 64 0.96, 0.86, 0.75.
+// head_dim 192 with values of 128, N = 16, at 1k, 4k, 16k: 564, 716, 747; on the tile of 192 values
+// 0.88, 0.92, 0.95; n = 112 0.93, 0.97, 1.00; n = 96 with two buffers of queries 0.98, 1.00, 0.98;
+// three warpgroups with n = 80 0.91, 1.00, 1.07; causal 367, 603, 711; the tile of 192 values 0.91,
+// 0.89, 0.89; the other three 0.96 to 1.01. Its general scores spill with n = 112.
 //
 // Of 8-bit keys the dequantizers' instructions are the limit: two warpgroups of them, where tiles
 // of keys that leave them the registers are not too narrow.
-constexpr HopperTile fwd_sm90_tile(int head_dim_tile, FwdClass kind) {
+constexpr HopperTile fwd_sm90_tile(int head_dim_tile, int head_dim_v_tile, FwdClass kind) {
   if (fwd_sm90_quantized(kind)) {
     if (head_dim_tile <= 96) return {128, 128, 2, 2, 4, head_dim_tile <= 64 ? 2 : 1};
     if (head_dim_tile <= 128) return {128, 96, 2, 2, 4, 2};
@@ -47,6 +51,7 @@ constexpr HopperTile fwd_sm90_tile(int head_dim_tile, FwdClass kind) {
   if (head_dim_tile <= 64) return {192, 128, 2, 2};
   if (head_dim_tile <= 96) return {128, 128, 2, 2};
   if (head_dim_tile <= 128) return {128, full ? 160 : 128, 2, 2};
+  if (head_dim_v_tile <= 128) return {128, general ? 96 : 128, 2, 1};
   if (head_dim_tile <= 192) return {128, full ? 112 : 96, 2, 1};
   return {128, general ? 64 : 80, 2, 1};
 }
@@ -111,7 +116,17 @@ inline bool fwd_sm90_windowed(const AttentionParams& p) {
   return p.window_left >= 0 || p.window_right >= 0;
 }
 
-inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile) {
+// Values of up to 128 dims beside keys of up to 192, as in multi-head latent attention, have a tile
+// of their own: half of the output's registers go to wider tiles of keys.
+constexpr int kFwdDimOfNarrowValues = 192, kFwdNarrowValues = 128;
+
+// The tile of values and output beside that of queries and keys.
+inline int fwd_sm90_dim_v(const AttentionParams& p, int head_dim_tile) {
+  const bool narrow = head_dim_tile == kFwdDimOfNarrowValues && p.head_dim_v <= kFwdNarrowValues;
+  return narrow && !fwd_sm80_quantized(p) ? kFwdNarrowValues : head_dim_tile;
+}
+
+inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile, int head_dim_v_tile) {
   const bool general = p.scale <= 0 || p.softcap != 0 || p.alibi_slopes;
   if (p.seeds) return FwdClass::kDropout;
   if (fwd_sm80_quantized(p)) return general ? FwdClass::kQuantizedGeneral : FwdClass::kQuantized;
@@ -119,7 +134,7 @@ inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile) {
   if (fwd_sm90_windowed(p)) return FwdClass::kMasked;
   // Wide tiles of keys are the better ones where rows come near to filling them.
   const auto padded = [&](FwdClass kind) {
-    const int n = fwd_sm90_tile(head_dim_tile, kind).n;
+    const int n = fwd_sm90_tile(head_dim_tile, head_dim_v_tile, kind).n;
     return (int64_t(p.kv.len_kv) + n - 1) / n * n;
   };
   const bool fills = padded(FwdClass::kFull) * 25 <= padded(FwdClass::kMasked) * 26;
@@ -132,8 +147,8 @@ inline bool fwd_sm90_widens(const KvTensor& x, int dim) {
 }
 
 // Whether the kernel can run a call.
-inline bool fwd_sm90_covers(const AttentionParams& p) {
-  if (p.dtype == DType::kF32 || p.bias) return false;
+inline bool fwd_sm90_covers(const AttentionParams& p, int head_dim_tile) {
+  if (p.dtype == DType::kF32 || p.bias || head_dim_tile > kMostHeadDim) return false;
   if (fwd_sm80_quantized(p) &&
       !(fwd_sm90_widens(p.k, p.head_dim) && fwd_sm90_widens(p.v, p.head_dim_v))) {
     return false;
@@ -164,7 +179,7 @@ inline HopperOrder fwd_sm90_order(const AttentionParams& p, const HopperTile& ti
   const int tiles = fwd_tiles(p, tile.m);
   const int64_t pairs = fwd_pairs(p);
   int64_t section = std::clamp<int64_t>(fwd_section_heads(p), 1, std::max<int64_t>(pairs, 1));
-  if (p.head_dim <= 64) section = std::min<int64_t>(section, kSectionPairs);
+  if (std::max(p.head_dim, p.head_dim_v) <= 64) section = std::min<int64_t>(section, kSectionPairs);
   return {tiles, int(pairs), int(section), int(tiles * pairs), fwd_sm90_windowed(p)};
 }
 
