@@ -215,7 +215,7 @@ class CachedAttention(nnx.Module):
             `cache.advance(counts)` after its last layer.
           cache_is_empty: Whether no row of the cache holds tokens yet (a Python bool). Attention
             then reads the keys and values of `x` unquantized, not from the cache, which is faster
-            for a prompt.
+            for a prompt. No effect on packed tokens.
           dropout_rng: A key turns dropout on. Not with a cache.
           cu_seqlens: int32 `[B + 1]`: where each row's tokens begin in a packed `x`; tokens past
             the last row are padding. Each row has any number of them, 0 included.
