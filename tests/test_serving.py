@@ -405,7 +405,7 @@ def test_generate_answers_a_file(generate, capsys):
     out, err = capsys.readouterr()
     assert out.startswith(f"[1] {PROMPTS[0]}\n Paris.")
     assert 0 < out.index("\n\n[2] 1 2 3 ...\n") < out.index("\n\n[3] def fibonacci(n):\n")
-    assert "3 of 3 answered, 0 running; " in err and "2 of 2 pages free" in err
+    assert "3 of 3 answered: " in err and "2 of 2 pages free" in err
     assert "without a batch: 1 of 1 answers have the same tokens" in err
     assert "in the same step: 1 of 1 answers have the same tokens" in err
 
@@ -424,7 +424,7 @@ def test_interrupt_prints_what_is_done(generate, monkeypatch, capsys):
     assert generate(["a b c", "Hello", "Hi"], *SIZES, "--max-tokens=3") == 130
     out, err = capsys.readouterr()
     assert out.startswith("[2] Hello\n") and "[1]" not in out and "[3]" not in out
-    assert "1 of 3 answered, 0 running; " in err and "2 of 2 pages free" in err
+    assert "1 of 3 answered: " in err and "2 of 2 pages free" in err
     assert "Traceback" not in err
 
 

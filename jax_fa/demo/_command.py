@@ -169,16 +169,23 @@ def answer_many(tokenizer, serving, prompts, requests, compared, progress):
             if index >= printed:
                 show(index)
         progress.clear()
-        print(_state(scheduler, seconds), file=sys.stderr)
+        print(_summary(scheduler, seconds), file=sys.stderr)
     return not compared or _compare(serving, requests[:compared], answers, progress)
 
 
 def _state(scheduler, seconds):
-    allocator = scheduler.allocator
     return (
         f"{scheduler.answered} of {scheduler.total} answered, {len(scheduler.running)} running; "
-        f"{scheduler.read} tokens read, {scheduler.written} written in {seconds:.2f} s, "
-        f"{scheduler.written / seconds:.1f} tokens/s; {scheduler.steps} steps; "
+        f"{scheduler.written} tokens, {scheduler.written / seconds:.1f} tokens/s"
+    )
+
+
+def _summary(scheduler, seconds):
+    allocator = scheduler.allocator
+    return (
+        f"{scheduler.answered} of {scheduler.total} answered: {scheduler.read} tokens read and "
+        f"{scheduler.written} written in {seconds:.2f} s and {scheduler.steps} steps, "
+        f"{scheduler.written / seconds:.1f} tokens/s; "
         f"{allocator.free} of {allocator.pages} pages free"
     )
 
