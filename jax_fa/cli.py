@@ -37,22 +37,59 @@ def _parser():
 def _add_generate(commands):
     p = commands.add_parser(
         "generate",
-        help="let a small language model answer a prompt",
-        description="SmolLM2-135M-Instruct answers a prompt; its attention is jax_fa's.",
+        help="let a small language model answer a prompt, or many at once",
+        description="SmolLM2-135M-Instruct answers a prompt, or those of a file, many at once; its "
+        "attention is jax_fa's.",
     )
     p.set_defaults(run=_generate)
-    p.add_argument("prompt")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompt", nargs="?")
+    what.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="answer all of them: one a line, or, where FILE ends in .jsonl, an object a line with "
+        'the key "prompt" (for those of several lines)',
+    )
     p.add_argument("--max-tokens", type=_positive, default=256, help="default: %(default)s")
     p.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token")
     p.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens")
     p.add_argument("--top-p", type=float, default=1.0, help="sample from this much probability")
-    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument(
+        "--seed", type=int, default=0, help="default: %(default)s; the n-th of a file: n - 1 more"
+    )
     p.add_argument("--system", help="the system message")
     p.add_argument("--raw", action="store_true", help="continue the prompt: no chat template")
-    p.add_argument("--cache", choices=("contiguous", "paged"), default="contiguous")
+    p.add_argument(
+        "--cache",
+        choices=("contiguous", "paged"),
+        default="contiguous",
+        help="default: %(default)s; of a file's prompts: paged",
+    )
     p.add_argument("--kv-dtype", choices=_KV_DTYPES, help="of the cache; default: that of --dtype")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     p.add_argument("--gguf", metavar="FILE", help="another GGUF file of a SmolLM2")
+    batch = p.add_argument_group("continuous batching, with --prompts")
+    batch.add_argument(
+        "--batch", type=_positive, default=32, help="answers at once; default: %(default)s"
+    )
+    batch.add_argument(
+        "--chunk",
+        type=_positive,
+        default=256,
+        help="tokens of prompts that a step reads beside them, at most; default: %(default)s",
+    )
+    batch.add_argument(
+        "--pages",
+        type=_positive,
+        help="of 64 tokens, in the cache's pool, for which prompts wait; default: enough",
+    )
+    batch.add_argument(
+        "--compare",
+        metavar="N",
+        type=_positive,
+        default=0,
+        help="answer the first N again, one at a time, and compare",
+    )
 
 
 def _add_info(commands):
@@ -107,13 +144,16 @@ def _generate(args):
         from .demo import _command
 
         progress = _command.Progress()
-        prepared = _command.prepare(args, progress)
+        many = args.prompts is not None
+        prepared = (_command.prepare_many if many else _command.prepare)(args, progress)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _DEMO_PACKAGES:
             raise
         return _fail(f"{error.name} is not installed: {_HOW_TO_INSTALL}")
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return _fail(error)
+    if many:
+        return 0 if _command.answer_many(*prepared, progress) else 1
     _command.answer(*prepared, progress)
     return 0
 

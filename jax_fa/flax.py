@@ -132,6 +132,7 @@ class CachedAttention(nnx.Module):
         attention = CachedAttention(576, 9, 3, rngs=nnx.Rngs(0))
         y, _ = attention(x, rotary=rotary)                      # training: causal, no cache
         y, cache = attention(x, cache, rotary=rotary)           # appends T tokens, attends to all
+        y, cache = attention(x, cache, cu_seqlens=cu_seqlens)   # packed: prefill beside decoding
 
     The cache is an argument and a result, so that a jitted step donates it, and a scan over layers
     carries one stacked cache in place.
@@ -198,11 +199,13 @@ class CachedAttention(nnx.Module):
         layer=None,
         cache_is_empty=False,
         dropout_rng=None,
+        cu_seqlens=None,
+        split_size=None,
     ):
         """Attends causally: each token to itself and to what precedes it, in `x` or the cache.
 
         Args:
-          x: `[B, T, features]`.
+          x: `[B, T, features]`, or packed `[total, features]` with `cu_seqlens` and a cache.
           cache: None, or a `jax_fa.KVCache` or `jax_fa.PagedKVCache` of B rows, of any dtype, that
             gets the keys and values of `x`.
           rotary: None, or `(cos, sin)`, each `[max_position, R / 2]`: see `rotary_tables`.
@@ -212,15 +215,21 @@ class CachedAttention(nnx.Module):
             `cache.advance(counts)` after its last layer.
           cache_is_empty: Whether no row of the cache holds tokens yet (a Python bool). Attention
             then reads the keys and values of `x` unquantized, not from the cache, which is faster
-            for a prompt.
+            for a prompt. No effect on packed tokens.
           dropout_rng: A key turns dropout on. Not with a cache.
+          cu_seqlens: int32 `[B + 1]`: where each row's tokens begin in a packed `x`; tokens past
+            the last row are padding. Each row has any number of them, 0 included.
+          split_size: Of packed tokens, as `hybrid_attention`.
 
         Returns:
-          `(y, cache)`: `[B, T, features]`, arbitrary for padding, and the new cache (None without).
+          `(y, cache)`: as `x`, arbitrary for padding, and the new cache (None without).
 
         Raises:
-          ValueError: for shapes that do not fit, and for dropout with a cache.
+          ValueError: for shapes that do not fit, for dropout with a cache, and for packed tokens
+            without one.
         """
+        if cu_seqlens is not None and cache is None:
+            raise ValueError("cache must be given with cu_seqlens, got None")
         q, k, v = self.query(x), self.key(x), self.value(x)
         if cache is None:
             o = self._attend_new(q, k, v, rotary, counts, dropout_rng)
@@ -228,8 +237,10 @@ class CachedAttention(nnx.Module):
         if dropout_rng is not None:
             raise ValueError("dropout_rng must be None with a cache: dropout is for training")
         lengths = cache.lengths
-        cache = cache.append(k, v, counts, layer=layer, rotary=rotary)
-        if cache_is_empty:
+        cache = cache.append(k, v, counts, layer=layer, rotary=rotary, cu_seqlens=cu_seqlens)
+        if cu_seqlens is not None:
+            o = self._attend_packed(q, cache, lengths, rotary, cu_seqlens, layer, split_size)
+        elif cache_is_empty:
             o = self._attend_new(q, k, v, rotary, counts)
         else:
             o = self._attend_cache(q, cache, lengths, rotary, counts, layer)
@@ -260,12 +271,7 @@ class CachedAttention(nnx.Module):
             positions = lengths[:, None] + jnp.arange(len_q, dtype=jnp.int32)[None]
             q = apply_rotary(q, *rotary, positions)
         dtype, q = q.dtype, q.astype(_query_dtype(q.dtype, cache.k))
-        options = dict(
-            page_table=getattr(cache, "page_table", None),
-            layer=layer,
-            window=self.window,
-            softcap=self.softcap,
-        )
+        options = self._cache_options(cache, layer)
         added = len_q if counts is None else counts
         # Tokens past the capacity were dropped: no kernel may read them.
         kv_lengths = jnp.minimum(lengths + added, cache.capacity)
@@ -281,6 +287,29 @@ class CachedAttention(nnx.Module):
         starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
         o = hybrid_attention(packed, cache.k, cache.v, starts, kv_lengths, **options)
         return o.at[at].get(mode="fill", fill_value=0).astype(dtype)
+
+    def _attend_packed(self, q, cache, lengths, rotary, cu_seqlens, layer, split_size):
+        """Attention of packed tokens, already appended at `lengths`, to all of the cache."""
+        starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+        if rotary is not None:
+            token = jnp.arange(q.shape[0], dtype=jnp.int32)
+            row = (token[:, None] >= ends[None]).sum(-1, dtype=jnp.int32)
+            positions = token + jnp.take(lengths - starts, row, mode="clip")
+            q = apply_rotary(q, *rotary, positions)
+        dtype, q = q.dtype, q.astype(_query_dtype(q.dtype, cache.k))
+        kv_lengths = jnp.minimum(lengths + ends - starts, cache.capacity)
+        options = self._cache_options(cache, layer)
+        return hybrid_attention(
+            q, cache.k, cache.v, cu_seqlens, kv_lengths, split_size=split_size, **options
+        ).astype(dtype)
+
+    def _cache_options(self, cache, layer):
+        return dict(
+            page_table=getattr(cache, "page_table", None),
+            layer=layer,
+            window=self.window,
+            softcap=self.softcap,
+        )
 
 
 # Tokens of a row that decode kernels take at once.

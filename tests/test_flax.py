@@ -359,6 +359,25 @@ def test_layer_with_rows_of_different_counts(kind, empty):
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_layer_with_packed_tokens(kind):
+    """Each row brings a chunk of its prompt, one token or none; the rest is padding."""
+    layer, x = cached_layer(), normal(BATCH, 25, 24)
+    want, _ = layer(x, rotary=TABLES)
+    cache = create_cache(kind)
+    have = np.zeros(BATCH, int)
+    for counts in ([3, 12], [1, 0], [14, 1], [0, 9], [1, 1]):
+        ends = have + counts
+        tokens = [x[b, have[b] : ends[b]] for b in range(BATCH)]
+        packed = jnp.concatenate([*tokens, jnp.full((17 - sum(counts), 24), 9.0)])
+        starts = jnp.array([0, counts[0], sum(counts)], jnp.int32)
+        y, cache = layer(packed, cache, rotary=TABLES, cu_seqlens=starts, split_size=64)
+        close(y[: counts[0]], want[0, have[0] : ends[0]], 5e-6)
+        close(y[counts[0] : sum(counts)], want[1, have[1] : ends[1]], 5e-6)
+        have = ends
+    assert cache.lengths.tolist() == have.tolist() == [19, 23]
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
 def test_layer_of_a_stacked_cache_under_scan(kind):
     layers, x = 3, normal(BATCH, 9, 24)
     make = nnx.split_rngs(splits=layers)(nnx.vmap(lambda rngs: CachedAttention(**SIZES, rngs=rngs)))
@@ -433,5 +452,7 @@ def test_layer_refuses():
         CachedAttention(24, 6, 4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="dropout_rng must be None with a cache"):
         cached_layer()(normal(BATCH, 1, 24), create_cache("paged"), dropout_rng=jax.random.key(0))
+    with pytest.raises(ValueError, match="cache must be given with cu_seqlens"):
+        cached_layer()(normal(3, 24), cu_seqlens=jnp.array([0, 2, 3], jnp.int32))
     with pytest.raises(ValueError, match="capacity 40, got 41"):
         cached_layer()(normal(BATCH, 41, 24), create_cache("contiguous"))

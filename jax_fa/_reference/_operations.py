@@ -9,7 +9,7 @@ from jax import lax
 
 from .. import _layout
 from ._backward import attend_bwd
-from ._core import BLOCK, Queries, Score, acc_dtype, attend, cdiv, pad_queries
+from ._core import BLOCK, Queries, Score, acc_dtype, attend, cdiv
 from ._keys import absent, cached_keys, dense_keys, in_some_row, paged_keys, row_of_token
 
 CHUNK = 512
@@ -238,54 +238,59 @@ def hybrid(
     q, k, v, k_scale, v_scale, slopes, sinks, q_start, q_length, kv_lengths, rows, page_table,
     layer, **static,
 ):  # fmt: skip
-    """Every packed token is a row of its own with one query: blocks of them go through the core."""
+    """Tiles of tokens of one row, which share its keys: blocks of them go through the core."""
     if 0 in (*q.shape, *q_start.shape):
         return _outside(q, v.shape[-1])
-    total = q.shape[0]
+    total, batch = q.shape[0], q_start.shape[0]
     acc = acc_dtype(q)
-    block = min(total, 64)
-    count = cdiv(total, block)
-    row, inside = row_of_token(q_start, q_length, total)
-    index = jnp.arange(total, dtype=jnp.int32) - q_start[row]
-    lo, hi, center, valid = _interval(index, q_length[row], kv_lengths[row], static)
-    valid = valid & inside
-    lo, hi = (jnp.where(valid, x, 0) for x in (lo, hi))
-    layer = _layer_row(layer, q_start.shape[0], 1)
+    size = 1 << (max(1, min(total // batch, 64)).bit_length() - 1)
+    block = 64 // size
+    count = cdiv(min(total, total // size + batch), block)
+    ends = jnp.cumsum(cdiv(q_length, size), dtype=jnp.int32)
+    first = ends - cdiv(q_length, size)
+    tile = jnp.arange(count * block, dtype=jnp.int32)
+    row = jnp.searchsorted(ends, tile, side="right").astype(jnp.int32)
+    row = jnp.minimum(row, batch - 1)
+    index = (tile - first[row])[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
+    lo, hi, center, valid = _interval(
+        index, q_length[row][:, None], kv_lengths[row][:, None], static
+    )
+    layer = _layer_row(layer, batch, 1)
     slots = absent(rows)
     if slots is None:
-        slots = jnp.arange(q_start.shape[0], dtype=jnp.int32) % static["layer_stride"]
+        slots = jnp.arange(batch, dtype=jnp.int32) % static["layer_stride"]
 
-    def per_token(x):
+    def per_tile(x):
         return None if absent(x) is None else x[row]
 
-    tokens = dict(
-        q=q, lo=lo, hi=hi, center=center, valid=valid, slopes=per_token(slopes),
-        sinks=per_token(sinks), lengths=jnp.where(valid, kv_lengths[row], 0), rows=slots[row],
-        pages=per_token(page_table), layer=layer[row],
+    tiles = dict(
+        q=q[jnp.minimum(q_start[row][:, None] + index, total - 1)], lo=lo, hi=hi, center=center,
+        valid=valid, slopes=per_tile(slopes), sinks=per_tile(sinks),
+        lengths=jnp.where(valid.any(-1), kv_lengths[row], 0), rows=slots[row],
+        pages=per_tile(page_table), layer=layer[row],
     )  # fmt: skip
-    tokens = jax.tree.map(lambda x: pad_queries(x[None], 1, count * block)[0], tokens)
-    tokens = jax.tree.map(lambda x: x.reshape(count, block, *x.shape[1:]), tokens)
+    tiles = jax.tree.map(lambda x: x.reshape(count, block, *x.shape[1:]), tiles)
     empty = jnp.zeros((0,), jnp.int32)
 
     def one_block(t):
         zero = jnp.zeros_like(t["lo"])
         one = (t[name] for name in ("lo", "hi", "center", "valid"))
         extra = (None if t[name] is None else t[name][:, None] for name in ("slopes", "sinks"))
-        one = (*one, zero, zero)
-        queries = Queries(*(x[:, None] for x in one), *extra, None)
+        queries = Queries(*one, zero, zero, *extra, None)
         pages = empty if t["pages"] is None else t["pages"]
         chunk, keys, values = _cache(
             k, v, k_scale, v_scale, t["lengths"], t["rows"], pages, t["layer"], block, acc, static
         )
-        q_block = t["q"][:, None]
         if 0 in (*k.shape, keys.length):
-            o, lse = _no_keys(q_block, v.shape[-1], queries.sinks)
+            o, lse = _no_keys(t["q"], v.shape[-1], queries.sinks)
             lse = jnp.where(queries.valid[:, None], lse, -jnp.inf)
         else:
-            o, lse = attend(q_block, keys, values, queries, None, chunk, _params(static))
-        return o[:, 0], lse[:, :, 0]
+            o, lse = attend(t["q"], keys, values, queries, None, chunk, _params(static))
+        return o, jnp.swapaxes(lse, 1, 2)
 
-    o, lse = lax.map(one_block, tokens)
-    o = o.reshape(count * block, *o.shape[2:])[:total]
-    lse = lse.reshape(count * block, -1)[:total].T
+    row, inside = row_of_token(q_start, q_length, total)
+    at = first[row] * size + jnp.arange(total, dtype=jnp.int32) - q_start[row]
+    o, lse = (x.reshape(-1, *x.shape[3:])[at] for x in lax.map(one_block, tiles))
+    o = jnp.where(inside[:, None, None], o, 0)
+    lse = jnp.where(inside[:, None], lse, -jnp.inf).T
     return [o.astype(q.dtype), lse[..., None]]

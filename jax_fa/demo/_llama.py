@@ -134,6 +134,23 @@ class Llama(nnx.Module):
         last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
         return self._logits(last)[:, 0], cache.advance(counts)
 
+    def extend_packed(self, tokens, cu_seqlens, cache, *, split_size=None):
+        """As `extend`, for rows of any number of new tokens: prompts' chunks beside single tokens.
+
+        Args:
+          tokens: int32 `[total]`: row b brings `cu_seqlens[b] : cu_seqlens[b + 1]`; those
+            past the last row are padding.
+          cu_seqlens: int32 `[B + 1]`.
+          cache: As for `extend`. Donate it.
+          split_size: As for `jax_fa.hybrid_attention`.
+
+        Returns:
+          `(logits, cache)`: float32 `[B, vocab_size]`, arbitrary for rows of no new tokens.
+        """
+        x, cache = self._layers(tokens, cache, cu_seqlens=cu_seqlens, split_size=split_size)
+        last = jnp.maximum(cu_seqlens[1:] - 1, 0)
+        return self._logits(x[last]), cache.advance(cu_seqlens[1:] - cu_seqlens[:-1])
+
     def _layers(self, tokens, cache=None, **attention):
         rotary = rotary_tables(
             self.config.max_length, self.config.head_dim, self.config.rotary_base
@@ -153,7 +170,7 @@ class Llama(nnx.Module):
 
     def _logits(self, x):
         return jnp.einsum(
-            "btd,vd->btv",
+            "...d,vd->...v",
             x,
             self.embed.embedding[...],
             precision=self.config.linear()["precision"],
