@@ -45,7 +45,8 @@ def flash_attention(
         out_i       = sum_j softmax_j(score) v_j
 
     over the keys `j < S'` that query `i` sees; `T'` and `S'` are the row's own lengths. Query head
-    n reads key head `n // (N // K)`. Accumulation is float32, float64 for float64 inputs.
+    n reads key head `n // (N // K)`. Accumulation is float32, float64 for float64 inputs. On CUDA
+    products of float32 are rounded to TF32, except under `jax.default_matmul_precision("highest")`.
 
     Args:
       q: Queries `[B, T, N, H]`, float16, bfloat16, float32 or float64.
