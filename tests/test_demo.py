@@ -329,7 +329,8 @@ def test_help_needs_no_jax():
     # -P: the package that is installed, not the source tree, which has no extension
     command = [sys.executable, "-P", "-c", code]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
-    for option in ("--max-tokens", "--top-p", "--seed", "--system", "--raw", "--kv-dtype"):
+    options = "--max-tokens", "--top-p", "--seed", "--system", "--raw", "--kv-dtype"
+    for option in (*options, "--prompts", "--batch", "--chunk", "--pages", "--compare"):
         assert option in out.stdout
 
 

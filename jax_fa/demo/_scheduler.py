@@ -205,7 +205,7 @@ class Scheduler:
             end += len(tokens)
             counts[slot], lengths[slot] = len(tokens), row.cached
             table[slot, : len(row.pages)] = row.pages
-            seeds[slot] = row.request.seed
+            seeds[slot] = np.int64(row.request.seed).astype(np.int32)  # as jax.random.key does
         return Step(packed, np.append(0, counts).cumsum(dtype=np.int32), lengths, table, seeds)
 
     def commit(self, tokens):
