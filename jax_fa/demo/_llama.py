@@ -11,7 +11,10 @@ from jax_fa.flax import CachedAttention, rotary_tables
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama; `dtype` is that of its weights and its computation."""
+    """Sizes of a Llama.
+
+    `dtype` is that of its computation, and of its weights if `param_dtype` is None.
+    """
 
     vocab_size: int
     layers: int
@@ -24,25 +27,29 @@ class LlamaConfig:
     rotary_base: float
     norm_epsilon: float
     dtype: str = "float32"
+    param_dtype: str | None = None
+
+    def dtypes(self):
+        return dict(dtype=self.dtype, param_dtype=self.param_dtype or self.dtype)
 
     def linear(self):
         """What all projections have in common."""
         # On a GPU, XLA would round the factors of a float32 product to TF32.
         precision = "highest" if self.dtype == "float32" else None
-        return dict(dtype=self.dtype, param_dtype=self.dtype, precision=precision)
+        return dict(precision=precision, **self.dtypes())
 
 
 class RMSNorm(nnx.Module):
     """`scale * x / sqrt(mean(x ** 2) + epsilon)` over the last axis, in float32."""
 
     def __init__(self, config):
-        self.scale = nnx.Param(jnp.ones((config.features,), config.dtype))
+        self.scale = nnx.Param(jnp.ones((config.features,), config.dtypes()["param_dtype"]))
         self.epsilon = config.norm_epsilon
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return jnp.einsum("...d,d->...d", y.astype(x.dtype), self.scale[...])
+        return jnp.einsum("...d,d->...d", y.astype(x.dtype), self.scale[...].astype(x.dtype))
 
 
 class MLP(nnx.Module):
@@ -59,9 +66,9 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config, *, rngs):
+    def __init__(self, config, attention, *, rngs):
         self.attention_norm = RMSNorm(config)
-        self.attention = CachedAttention(
+        self.attention = attention(
             config.features,
             config.heads,
             config.kv_heads,
@@ -84,34 +91,35 @@ class Llama(nnx.Module):
     The weights of all layers are stacked, `[layers, ...]`, and a scan goes over them: one layer is
     compiled, however many there are.
 
+    Args:
+      config: A `LlamaConfig`.
+      attention: The class of the attention layers.
+      rngs: Initializes the weights.
+
     Source: Touvron et al., LLaMA, 2023.
     """
 
-    def __init__(self, config, *, rngs):
+    def __init__(self, config, attention=CachedAttention, *, rngs):
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size,
-            config.features,
-            dtype=config.dtype,
-            param_dtype=config.dtype,
-            rngs=rngs,
-        )
+        self.embed = nnx.Embed(config.vocab_size, config.features, rngs=rngs, **config.dtypes())
         self.blocks = nnx.split_rngs(splits=config.layers)(
-            nnx.vmap(lambda rngs: Block(config, rngs=rngs))
+            nnx.vmap(lambda rngs: Block(config, attention, rngs=rngs))
         )(rngs)
         self.norm = RMSNorm(config)
 
-    def __call__(self, tokens, lengths=None):
+    def __call__(self, tokens, lengths=None, *, remat=None):
         """Logits of whole sequences: for training, or to score a text.
 
         Args:
           tokens: int32 `[B, T]`.
           lengths: int32 `[B]`, the tokens of each row; what follows them is padding. Default: T.
+          remat: Wraps the function of a layer, as `jax.checkpoint` does: what the backward pass
+            computes again. Default: nothing.
 
         Returns:
           float32 `[B, T, vocab_size]`; arbitrary for padding.
         """
-        x, _ = self._layers(tokens, counts=lengths)
+        x, _ = self._layers(tokens, counts=lengths, remat=remat)
         return self._logits(x)
 
     def extend(self, tokens, cache, counts=None, *, cache_is_empty=False):
@@ -151,7 +159,7 @@ class Llama(nnx.Module):
         last = jnp.maximum(cu_seqlens[1:] - 1, 0)
         return self._logits(x[last]), cache.advance(cu_seqlens[1:] - cu_seqlens[:-1])
 
-    def _layers(self, tokens, cache=None, **attention):
+    def _layers(self, tokens, cache=None, remat=None, **attention):
         rotary = rotary_tables(
             self.config.max_length, self.config.head_dim, self.config.rotary_base
         )
@@ -165,6 +173,7 @@ class Llama(nnx.Module):
             ), None
 
         layers = weights, jnp.arange(self.config.layers, dtype=jnp.int32)
+        layer = layer if remat is None else remat(layer)
         (x, cache), _ = jax.lax.scan(layer, (self.embed(tokens), cache), layers)
         return self.norm(x), cache
 
@@ -172,7 +181,7 @@ class Llama(nnx.Module):
         return jnp.einsum(
             "...d,vd->...v",
             x,
-            self.embed.embedding[...],
+            self.embed.embedding[...].astype(x.dtype),
             precision=self.config.linear()["precision"],
             preferred_element_type=jnp.float32,
         )
