@@ -7,11 +7,13 @@ latter. `--quick` is for a machine without a GPU: smaller and fewer.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
 import sys
 
+import jax
 import matplotlib
 import numpy as np
 
@@ -27,19 +29,40 @@ _COLORS = {"jax_fa": "#d62728", "cudnn": "#1f77b4", "xla": "#7f7f7f"}
 
 
 def cases(quick):
-    """What to train, as arguments of `train`; the device's peak memory is known while it grows."""
-    short = dict(steps=30, length=128, batch=2) if quick else dict(steps=300, length=1024, batch=16)
-    long = dict(steps=2, length=512, batch=1) if quick else dict(steps=15, length=_LONG, batch=1)
+    """What to train, as arguments of `Training`."""
+    short = dict(steps=12, length=64, batch=1) if quick else dict(steps=300, length=1024, batch=16)
+    long = dict(steps=2, length=256, batch=1) if quick else dict(steps=20, length=_LONG, batch=1)
+    middle = dict(long, length=long["length"] // 4)
     names = ("jax_fa", "xla") if quick else ("jax_fa", "cudnn", "xla")
-    fused = [name for name in names if name != "xla"]
     return [
-        *(dict(attention=name, **short) for name in fused),
-        *(dict(attention=name, remat=True, **long) for name in fused),
-        *(dict(attention=name, **long) for name in fused),
-        *(dict(attention="xla", seed=seed, **short) for seed in (0, 1)),
-        dict(attention="jax_fa", seed=1, **short),
+        *(dict(attention=name, **short) for name in names),
+        *(dict(attention=name, seed=1, **short) for name in ("jax_fa", "xla")),
+        *(dict(attention=name, **middle) for name in names),
+        *(dict(attention=name, **long) for name in names if name != "xla"),
+        dict(attention="jax_fa", remat=True, **long),
+        # Last, because choosing its kernels takes memory, and it may not fit at all.
         dict(attention="xla", **long),
     ]
+
+
+def trained(quick):
+    """Yields the `Run` of each case, those that need least memory first.
+
+    So that each is seen to need more, as the peak of a device's memory never falls.
+    """
+    data = _training.text()
+    *most, last = cases(quick)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        trainings = list(pool.map(lambda case: _training.Training(data=data, **case), most))
+    trainings.sort(key=lambda training: training.plan.step_mib)
+    for training in trainings:
+        yield training()
+    try:
+        yield _training.Training(data=data, **last)()
+    except jax.errors.JaxRuntimeError as error:
+        failure = str(error).splitlines()[0]
+        sizes = dict(seed=0, remat=False, step_mib=None, compile_seconds=None)
+        yield _training.Run(**last, **sizes, failure=failure)
 
 
 def difference(x, y):
@@ -58,10 +81,9 @@ def main():
     if not args.render:
         machine = _machine.describe() | {"sources": sources.digest()}
         result = {"machine": machine, "runs": []}
-        data = _training.text()
-        for case in cases(args.quick):
-            run = _training.train(**case, data=data)
-            print(_row(run := dataclasses.asdict(run)), flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for run in map(dataclasses.asdict, trained(args.quick)):
+            print(_row(run), flush=True)
             result["runs"].append(run)
             path.write_text(json.dumps(result, indent=1))  # what a run with a limit leaves
     result = json.loads(path.read_text())
@@ -71,9 +93,9 @@ def main():
 
 
 def _curves(result):
-    """Runs of the loss curves: those of the first one's sizes."""
-    sizes = [(run["steps"], run["length"], run["batch"]) for run in result["runs"]]
-    return [run for run, size in zip(result["runs"], sizes, strict=True) if size == sizes[0]]
+    """Runs of the loss curves: the ones of most steps."""
+    most = max(run["steps"] for run in result["runs"])
+    return [run for run in result["runs"] if run["steps"] == most]
 
 
 def _differences(result):
@@ -123,7 +145,7 @@ def _markdown(result):
         "| attention | T | B | seed | steps | loss of the last 20 | ms a step | MiB in a step "
         "| MiB on the device |",
         "|---|---|---|---|---|---|---|---|---|",
-        *(_row(run) for run in result["runs"]),
+        *(_row(run) for run in sorted(result["runs"], key=lambda r: (r["length"], r["seed"]))),
         "",
         "How far apart the curves of losses are, step by step, in nats for each byte:",
         "",

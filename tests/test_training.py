@@ -37,7 +37,7 @@ def text():
 def runs(text):
     def run(attention, seed=0, remat=False):
         options = dict(steps=8, length=40, batch=2, config=SMALL, data=text)
-        return _training.train(attention, seed=seed, remat=remat, **options)
+        return _training.Training(attention, seed=seed, remat=remat, **options)()
 
     return {
         "ours": run("jax_fa"),

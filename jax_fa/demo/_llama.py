@@ -49,7 +49,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x):
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return jnp.einsum("...d,d->...d", y.astype(x.dtype), self.scale[...].astype(x.dtype))
+        scale = jnp.broadcast_to(self.scale[...].astype(jnp.float32), y.shape)
+        return (scale * y).astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -101,7 +102,11 @@ class Llama(nnx.Module):
 
     def __init__(self, config, attention=CachedAttention, *, rngs):
         self.config = config
-        self.embed = nnx.Embed(config.vocab_size, config.features, rngs=rngs, **config.dtypes())
+        # Looked up in the dtype of the weights, so that gradients of a token are summed in it.
+        dtype = config.dtypes()["param_dtype"]
+        self.embed = nnx.Embed(
+            config.vocab_size, config.features, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
         self.blocks = nnx.split_rngs(splits=config.layers)(
             nnx.vmap(lambda rngs: Block(config, attention, rngs=rngs))
         )(rngs)
@@ -122,7 +127,7 @@ class Llama(nnx.Module):
         x, _ = self._layers(tokens, counts=lengths, remat=remat)
         return self._logits(x)
 
-    def extend(self, tokens, cache, counts=None, *, cache_is_empty=False):
+    def extend(self, tokens, cache, counts=None, *, cache_is_empty=False, last=True):
         """Logits of the token that follows each row, after appending `tokens` to the cache.
 
         Args:
@@ -131,16 +136,22 @@ class Llama(nnx.Module):
           counts: int32 `[B]`, how many of the T tokens each row has. Default: all.
           cache_is_empty: Whether no row holds tokens yet (a Python bool): the prompt's keys are
             then read as they are computed, not back from the cache.
+          last: Whether only what follows a row's last token is wanted (a Python bool), not what
+            follows each.
 
         Returns:
-          `(logits, cache)`: float32 `[B, vocab_size]`, arbitrary where `counts` is 0.
+          `(logits, cache)`: float32 `[B, vocab_size]`, or `[B, T, vocab_size]` unless `last`;
+          arbitrary for padding.
         """
         batch, length = tokens.shape
         x, cache = self._layers(tokens, cache, counts=counts, cache_is_empty=cache_is_empty)
         if counts is None:
             counts = jnp.full((batch,), length, jnp.int32)
-        last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-        return self._logits(last)[:, 0], cache.advance(counts)
+        cache = cache.advance(counts)
+        if not last:
+            return self._logits(x), cache
+        x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+        return self._logits(x)[:, 0], cache
 
     def extend_packed(self, tokens, cu_seqlens, cache, *, split_size=None):
         """As `extend`, for rows of any number of new tokens: prompts' chunks beside single tokens.
@@ -174,7 +185,8 @@ class Llama(nnx.Module):
 
         layers = weights, jnp.arange(self.config.layers, dtype=jnp.int32)
         layer = layer if remat is None else remat(layer)
-        (x, cache), _ = jax.lax.scan(layer, (self.embed(tokens), cache), layers)
+        x = self.embed(tokens).astype(self.config.dtype)
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), layers)
         return self.norm(x), cache
 
     def _logits(self, x):

@@ -126,9 +126,9 @@ class Run:
     """What came of a training.
 
     Attributes:
+      step_mib: Memory that the compiled step needs, its state included.
       losses: Of each step, in nats for each byte; empty if its memory was not to be had.
       step_ms: Mean time of a step after the first ones.
-      step_mib: Memory that the compiled step needs, its state included.
       peak_mib: The most that the device's allocator held; None where it does not say, or held as
         much before.
       failure: Why there are no losses; else None.
@@ -140,27 +140,16 @@ class Run:
     batch: int
     seed: int
     remat: bool
-    losses: list[float]
+    step_mib: float
+    compile_seconds: float
+    losses: list[float] = dataclasses.field(default_factory=list)
     step_ms: float | None = None
-    step_mib: float | None = None
     peak_mib: float | None = None
-    compile_seconds: float | None = None
     failure: str | None = None
 
 
-def train(
-    attention="jax_fa",
-    *,
-    steps=300,
-    length=1024,
-    batch=16,
-    seed=0,
-    remat=False,
-    config=None,
-    data=None,
-    report=lambda step, loss: None,
-):
-    """Trains a `Llama` from scratch.
+class Training:
+    """A `Llama` that learns a text from scratch; compiled when it is made, it trains when called.
 
     Args:
       attention: A name in `ATTENTION`.
@@ -171,53 +160,68 @@ def train(
       remat: Whether layers are computed again in the backward pass, all but attention.
       config: A `LlamaConfig`, whose `max_length` becomes `length`. Default: `CONFIG`.
       data: uint8 `[bytes]`. Default: `text()`.
-      report: Called with the number of a step and its loss, now and then.
-
-    Returns:
-      A `Run`, without losses where a step does not fit into the device's memory.
 
     Raises:
       ValueError: as `check`.
     """
-    data = text() if data is None else data
-    check(attention, length, data)
-    config = dataclasses.replace(config or CONFIG, max_length=length)
-    optimizer = create_optimizer(steps)
-    run = Run(attention, steps, length, batch, seed, remat, [])
-    peak_before = _peak()
 
-    first = jax.jit(lambda: create(config, attention, optimizer, seed))
-    rows = batches(data, batch, length, seed)
-    try:
-        start = time.perf_counter()
-        options = dict(optimizer=optimizer, remat=REMAT if remat else None)
+    def __init__(
+        self,
+        attention="jax_fa",
+        *,
+        steps=300,
+        length=1024,
+        batch=16,
+        seed=0,
+        remat=False,
+        config=None,
+        data=None,
+    ):
+        data = text() if data is None else data
+        check(attention, length, data)
+        config = dataclasses.replace(config or CONFIG, max_length=length)
+        optimizer = create_optimizer(steps)
+        first = jax.jit(lambda: create(config, attention, optimizer, seed))
         tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
-        step = train_step.lower(jax.eval_shape(first), tokens, **options).compile()
-        run = dataclasses.replace(
-            run, compile_seconds=time.perf_counter() - start, step_mib=_memory(step)
+        options = dict(optimizer=optimizer, remat=REMAT if remat else None)
+        self._rows = batches(data, batch, length, seed)
+        start = time.perf_counter()
+        self._create = first.lower().compile()
+        self._step = train_step.lower(jax.eval_shape(first), tokens, **options).compile()
+        seconds = time.perf_counter() - start
+        memory = _memory(self._step)
+        self.plan = Run(attention, steps, length, batch, seed, remat, memory, seconds)
+
+    def __call__(self, report=lambda step, loss: None):
+        """Trains, calling `report` with the number of a step and its loss now and then.
+
+        Returns:
+          A `Run`, without losses where a step does not fit into the device's memory.
+        """
+        steps, losses, peak_before = self.plan.steps, [], _peak()
+        untimed = min(_UNTIMED, steps - 1)
+        try:
+            state = self._create()
+            for index in range(steps):
+                if index == untimed:
+                    jax.block_until_ready(state)
+                    start = time.perf_counter()
+                state, loss = self._step(state, next(self._rows))
+                losses.append(loss)
+                if index % max(1, steps // 10) == 0 or index == steps - 1:
+                    report(index, loss)
+            jax.block_until_ready(state)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return dataclasses.replace(self.plan, failure=str(error).splitlines()[0])
+        seconds, peak = time.perf_counter() - start, _peak()
+        return dataclasses.replace(
+            self.plan,
+            losses=np.asarray(jnp.stack(losses)).tolist(),
+            step_ms=1e3 * seconds / (steps - untimed),
+            peak_mib=peak / 2**20 if peak > peak_before else None,
         )
-        state, losses = first(), []
-        for index in range(steps):
-            if index == min(_UNTIMED, steps - 1):
-                jax.block_until_ready(state)
-                start = time.perf_counter()
-            state, loss = step(state, next(rows))
-            losses.append(loss)
-            if index % max(1, steps // 10) == 0 or index == steps - 1:
-                report(index, loss)
-        jax.block_until_ready(state)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return dataclasses.replace(run, failure=str(error).splitlines()[0])
-    seconds = time.perf_counter() - start
-    peak = _peak()
-    return dataclasses.replace(
-        run,
-        losses=np.asarray(jnp.stack(losses)).tolist(),
-        step_ms=1e3 * seconds / (steps - min(_UNTIMED, steps - 1)),
-        peak_mib=peak / 2**20 if peak and peak > peak_before else None,
-    )
 
 
 def check(attention, length, data):
@@ -263,9 +267,9 @@ def command(args, names, data):
             print(f"{name}: step {step}, loss {loss:.4f}", flush=True)
 
         options = {key: getattr(args, key) for key in ("steps", "length", "batch", "seed", "remat")}
-        run = train(name, data=data, report=report, **options)
+        run = Training(name, data=data, **options)(report)
         if run.failure:
-            failures.append(f"{name}: {run.failure}")
+            failures.append(f"{name}: {run.step_mib:.0f} MiB in a step: {run.failure}")
             continue
         peak = f", {run.peak_mib:.0f} MiB at most on the device" if run.peak_mib else ""
         print(
