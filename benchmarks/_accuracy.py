@@ -168,7 +168,7 @@ def layers_of(model, tokens, queries):
         of_layer = q[0, -queries:], k[0], attention.value(normed)[0]
         return block_of_layer(x, rotary=rotary)[0], of_layer
 
-    _, of_layers = jax.lax.scan(layer, model.embed(tokens[None]).astype(config.dtype), weights)
+    _, of_layers = jax.lax.scan(layer, model.embed(tokens[None]), weights)
     return jax.tree.map(lambda x: x.astype(jnp.float32), of_layers)
 
 

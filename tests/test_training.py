@@ -1,6 +1,7 @@
 """`jax-fa train`: the same curve of losses as on `jax.nn`'s attention, and the command."""
 
 import dataclasses
+import functools as ft
 import inspect
 
 import jax
@@ -13,7 +14,7 @@ pytest.importorskip("flax.nnx", reason="needs jax_fa[demo]")
 pytest.importorskip("gguf", reason="needs jax_fa[demo]")
 pytest.importorskip("tokenizers", reason="needs jax_fa[demo]")
 
-from jax_fa.demo import _training  # noqa: E402
+from jax_fa.demo import _llama, _training  # noqa: E402
 
 SMALL = dataclasses.replace(
     _training.CONFIG, layers=2, features=32, hidden_features=48, heads=4, kv_heads=2, head_dim=8
@@ -95,6 +96,25 @@ def test_weights_are_float32_and_computed_in_bfloat16():
     jaxpr = str(jax.make_jaxpr(_training.loss_of)(state.model, tokens))
     line = next(line for line in jaxpr.splitlines() if "= jax_fa_fwd[" in line)
     assert "bf16[1,40,4,8]" in line and "f32[1,40,4,8]" not in line
+
+
+def test_no_gradient_is_scattered_to_few_rows():
+    """Only those of the loss: to one of the logits of each token."""
+    tokens = jax.numpy.zeros((2, 41), jax.numpy.int32)
+    jaxpr = str(jax.make_jaxpr(jax.grad(_training.loss_of))(create().model, tokens))
+    scattered = [line for line in jaxpr.splitlines() if "scatter-add" in line]
+    assert scattered and all(":f32[2,40," in line for line in scattered)
+
+
+def test_gradient_of_the_embedding():
+    tokens = jax.numpy.array([[3, 1, 3, 3]])
+    gradient = jax.numpy.arange(8.0).reshape(1, 4, 2)
+    table = jax.numpy.ones((5, 2))
+    look_up = ft.partial(_llama._look_up, jax.numpy.dtype("float32"))
+    _, vjp = jax.vjp(lambda table: look_up(table, tokens), table)
+    want = np.zeros((5, 2))
+    np.add.at(want, np.asarray(tokens[0]), np.asarray(gradient[0]))
+    np.testing.assert_array_equal(vjp(gradient)[0], want)
 
 
 def test_batches_are_pieces_of_the_text(text):

@@ -1,6 +1,7 @@
 """A Llama in Flax NNX on jax_fa: one set of layers for training, prefill and decoding."""
 
 import dataclasses
+import functools as ft
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,31 @@ class MLP(nnx.Module):
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
+@ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(dtype, table, tokens):
+    """Rows `[B, T, features]` of a table `[vocab_size, features]`, in `dtype`.
+
+    Its gradient is a product that sums in float32: XLA's scatter-add of many tokens to few rows
+    takes most of a step on a GPU (https://github.com/jax-ml/jax/issues/38806).
+    """
+    return table[tokens].astype(dtype)
+
+
+def _look_up_fwd(dtype, table, tokens):
+    # Of the table, only the shape and the dtype.
+    return _look_up(dtype, table, tokens), (tokens, table[:, :0])
+
+
+def _look_up_bwd(dtype, residuals, gradient):
+    tokens, table = residuals
+    chosen = jax.nn.one_hot(tokens, table.shape[0], dtype=dtype)
+    sums = jnp.einsum("btv,btd->vd", chosen, gradient, preferred_element_type=jnp.float32)
+    return sums.astype(table.dtype), None
+
+
+_look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
 class Block(nnx.Module):
     def __init__(self, config, attention, *, rngs):
         self.attention_norm = RMSNorm(config)
@@ -102,11 +128,7 @@ class Llama(nnx.Module):
 
     def __init__(self, config, attention=CachedAttention, *, rngs):
         self.config = config
-        # Looked up in the dtype of the weights, so that gradients of a token are summed in it.
-        dtype = config.dtypes()["param_dtype"]
-        self.embed = nnx.Embed(
-            config.vocab_size, config.features, dtype=dtype, param_dtype=dtype, rngs=rngs
-        )
+        self.embed = nnx.Embed(config.vocab_size, config.features, rngs=rngs, **config.dtypes())
         self.blocks = nnx.split_rngs(splits=config.layers)(
             nnx.vmap(lambda rngs: Block(config, attention, rngs=rngs))
         )(rngs)
@@ -185,7 +207,7 @@ class Llama(nnx.Module):
 
         layers = weights, jnp.arange(self.config.layers, dtype=jnp.int32)
         layer = layer if remat is None else remat(layer)
-        x = self.embed(tokens).astype(self.config.dtype)
+        x = _look_up(jnp.dtype(self.config.dtype), self.embed.embedding[...], tokens)
         (x, cache), _ = jax.lax.scan(layer, (x, cache), layers)
         return self.norm(x), cache
 
