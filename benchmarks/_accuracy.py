@@ -5,13 +5,13 @@ import functools as ft
 import itertools
 from typing import NamedTuple
 
+import _machine
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import jax_fa
-from benchmarks import _machine
 from jax_fa import demo
 from jax_fa.flax import rotary_tables
 

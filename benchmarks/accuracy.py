@@ -1,6 +1,6 @@
 """What 8-bit caches cost in accuracy: attention, a language model's perplexity, its greedy tokens.
 
-    python -m benchmarks.accuracy [--parts attention,long,...] [--out benchmarks/results/cpu]
+    python benchmarks/accuracy.py [--parts attention,long,...] [--out benchmarks/results/cpu]
 
 writes `accuracy.json`, and from it `accuracy.md` and `accuracy.svg`; `--render` does only the
 latter. Errors are those of quantization: attention in float32, by the reference, over the cache as
@@ -13,11 +13,13 @@ import json
 import pathlib
 import sys
 
+import _accuracy
+import _machine
 import matplotlib
 import numpy as np
+import sources
+from _accuracy import CACHES, SHORT_CACHES, Cache
 
-from benchmarks import _accuracy, _machine, sources
-from benchmarks._accuracy import CACHES, SHORT_CACHES, Cache
 from jax_fa import demo
 
 matplotlib.use("svg")
@@ -107,7 +109,7 @@ def _markdown(result):
     lines = [
         f"# Accuracy of 8-bit caches, on {where}",
         "",
-        f"`python -m benchmarks.accuracy`. jax {machine['jax']}, {machine['date']}, "
+        f"`python benchmarks/accuracy.py`. jax {machine['jax']}, {machine['date']}, "
         f"{machine['sources']}. " + " ".join(__doc__.split("\n\n")[2].split("latter. ")[1].split()),
         "",
         "![relative error](accuracy.svg)",

@@ -1,6 +1,6 @@
 """Trains the demo's model with jax_fa's attention and with jax.nn's, side by side.
 
-    python -m benchmarks.training [--quick] [--out benchmarks/results/h200]
+    python benchmarks/training.py [--quick] [--out benchmarks/results/h200]
 
 writes `training.json`, and from it `training.md` and `training.svg`; `--render` does only the
 latter. `--quick` is for a machine without a GPU: smaller and fewer.
@@ -13,11 +13,12 @@ import json
 import pathlib
 import sys
 
+import _machine
 import jax
 import matplotlib
 import numpy as np
+import sources
 
-from benchmarks import _machine, sources
 from jax_fa.demo import _training
 
 matplotlib.use("svg")
@@ -134,7 +135,7 @@ def _markdown(result):
     lines = [
         f"# Training on {machine['gpu'] or 'a CPU'}",
         "",
-        f"`python -m benchmarks.training`: {config.layers} layers, {config.features} features, "
+        f"`python benchmarks/training.py`: {config.layers} layers, {config.features} features, "
         f"{config.heads} query and {config.kv_heads} key heads of {config.head_dim}, causal, "
         "computed in bfloat16 from float32 weights, on Python's documentation and library by "
         f"bytes. Driver {machine['driver']}, jax {machine['jax']}, {machine['date']}, "

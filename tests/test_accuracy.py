@@ -1,4 +1,4 @@
-"""The errors that `python -m benchmarks.accuracy` reports, on inputs whose errors are known."""
+"""The errors that `benchmarks/accuracy.py` reports, on inputs whose errors are known."""
 
 import pathlib
 import sys
@@ -12,11 +12,11 @@ nnx = pytest.importorskip("flax.nnx", reason="needs jax_fa[demo]")
 pytest.importorskip("gguf", reason="needs jax_fa[demo]")
 pytest.importorskip("tokenizers", reason="needs jax_fa[demo]")
 
-# Last: jax_fa stays the package that is installed.
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from benchmarks import _accuracy  # noqa: E402
-from benchmarks._accuracy import CACHES, Cache  # noqa: E402
+import _accuracy  # noqa: E402
+from _accuracy import CACHES, Cache  # noqa: E402
+
 from jax_fa import demo  # noqa: E402
 
 SMALL = demo.LlamaConfig(
