@@ -71,7 +71,7 @@ def _measure(args, path):
 
 _COLUMNS = {
     "data": "data", "keys": "keys", "cache": "cache", "scales": "scales",
-    "relative": "relative error", "worst_layer": "of the worst layer", "cosine": "1 - cosine",
+    "relative": "relative error", "worst": "of the worst layer", "cosine": "1 - cosine",
     "kernel": "the kernel's own error", "tokens": "tokens", "perplexity": "perplexity",
     "divergence": "mean change of a token's log-probability",
     "same_likeliest": "same likeliest token as float32", "prompt": "prompt",
@@ -92,7 +92,7 @@ def _cells(row):
     cache = Cache(*(cells.pop(key, None) for key in Cache._fields))
     cells |= {"cache": cache.dtype, "scales": cache.name}
     cells.pop("text", None)
-    for key in ("relative", "worst_layer", "kernel", "divergence"):
+    for key in ("relative", "worst", "kernel", "divergence"):
         if key in cells:
             cells[key] = f"{cells[key]:.2e}"
     if "cosine" in cells:

@@ -187,7 +187,7 @@ def _chart(result, path):
 
 
 def _smooth(x):
-    width = min(_SMOOTH, len(x))
+    width = min(_SMOOTH, len(x) // 2)
     return np.convolve(x, np.full(width, 1 / width), mode="valid")
 
 

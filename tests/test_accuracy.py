@@ -80,6 +80,17 @@ def test_attention_errors_are_those_of_rounding(name, most_accurate):
     assert (int8 < e4m3) == (most_accurate == "int8")
 
 
+def test_attention_errors_of_a_batch_are_means():
+    """One row is 100 times as large: scales are not shared."""
+    q, k, v = _accuracy.random_inputs("normal", 30, heads=2, kv_heads=1, dim=16)
+    cache = Cache("int8", "tensor")
+    alone = _accuracy.attention_errors(q, k, v, cache)
+    batch = (jnp.concatenate([x, factor * x]) for x, factor in ((q, 0.01), (k, 100), (v, 100)))
+    both = _accuracy.attention_errors(*batch, cache)
+    assert both["relative"] == pytest.approx(alone["relative"], rel=1e-3)
+    assert both["worst"] == pytest.approx(alone["relative"], rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def want(model, tokens):
     """-log p of each token after those before it, and the likeliest one."""
