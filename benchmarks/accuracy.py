@@ -42,7 +42,8 @@ def main():
         _measure(args, path)
     result = json.loads(path.read_text())
     path.with_suffix(".md").write_text(_markdown(result))
-    _chart(result["parts"], path.with_suffix(".svg"))
+    if _charted(result["parts"]):
+        _chart(result["parts"], path.with_suffix(".svg"))
     return 0
 
 
@@ -112,7 +113,7 @@ def _markdown(result):
         f"`python benchmarks/accuracy.py`. jax {machine['jax']}, {machine['date']}, "
         f"{machine['sources']}. " + " ".join(__doc__.split("\n\n")[2].split("latter. ")[1].split()),
         "",
-        "![relative error](accuracy.svg)",
+        *["![relative error](accuracy.svg)"] * bool(_charted(result["parts"])),
     ]
     for part, rows in result["parts"].items():
         rows = [_cells(row) for row in rows]
@@ -124,8 +125,12 @@ def _markdown(result):
     return "\n".join(lines) + "\n"
 
 
+def _charted(parts):
+    return [row for part in ("attention", "model") for row in parts.get(part, [])]
+
+
 def _chart(parts, path):
-    rows = [row for part in ("attention", "model") for row in parts.get(part, [])]
+    rows = _charted(parts)
     data = list(dict.fromkeys(row["data"] for row in rows))
     plt.rcParams |= {"svg.hashsalt": "jax_fa", "font.size": 9}
     figure, axes = plt.subplots(1, len(data), figsize=(12, 3.6), layout="constrained", sharey=True)
