@@ -29,6 +29,7 @@ def _parser():
     parser = argparse.ArgumentParser(prog="jax-fa", description="Flash attention for JAX.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
+    _add_train(commands)
     _add_info(commands)
     _add_explain(commands)
     return parser
@@ -92,6 +93,27 @@ def _add_generate(commands):
     )
 
 
+def _add_train(commands):
+    p = commands.add_parser(
+        "train",
+        help="train a small language model on text that Python brings",
+        description="A transformer of 11 million weights (4 layers, 8 query and 2 key heads of 64, "
+        "causal, computed in bfloat16) learns Python's documentation and library, byte by byte.",
+    )
+    p.set_defaults(run=_train)
+    p.add_argument("--steps", type=_positive, default=300, help="default: %(default)s")
+    p.add_argument("--length", type=_positive, default=1024, help="bytes; default: %(default)s")
+    p.add_argument("--batch", type=_positive, default=16, help="default: %(default)s")
+    p.add_argument(
+        "--attention",
+        choices=("jax_fa", "cudnn", "xla", "all"),
+        default="jax_fa",
+        help="ours, or that of jax.nn on cuDNN or XLA; all: one after the other",
+    )
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--remat", action="store_true", help="keep of layers only attention's results")
+
+
 def _add_info(commands):
     p = commands.add_parser("info", help="versions, devices, compiled kernels and who runs them")
     p.set_defaults(run=_info)
@@ -147,15 +169,31 @@ def _generate(args):
         many = args.prompts is not None
         prepared = (_command.prepare_many if many else _command.prepare)(args, progress)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _DEMO_PACKAGES:
-            raise
-        return _fail(f"{error.name} is not installed: {_HOW_TO_INSTALL}")
+        return _missing(error)
     except (OSError, ValueError) as error:
         return _fail(error)
     if many:
         return 0 if _command.answer_many(*prepared, progress) else 1
     _command.answer(*prepared, progress)
     return 0
+
+
+def _train(args):
+    try:
+        from .demo import _training
+
+        prepared = _training.prepare(args)
+    except ModuleNotFoundError as error:
+        return _missing(error)
+    except ValueError as error:
+        return _fail(error)
+    return _training.command(args, *prepared)
+
+
+def _missing(error):
+    if error.name is None or error.name.partition(".")[0] not in _DEMO_PACKAGES:
+        raise error
+    return _fail(f"{error.name} is not installed: {_HOW_TO_INSTALL}")
 
 
 def _fail(message):

@@ -1,6 +1,7 @@
 """A Llama in Flax NNX on jax_fa: one set of layers for training, prefill and decoding."""
 
 import dataclasses
+import functools as ft
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ from jax_fa.flax import CachedAttention, rotary_tables
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama; `dtype` is that of its weights and its computation."""
+    """Sizes of a Llama.
+
+    `dtype` is that of its computation, and of its weights if `param_dtype` is None.
+    """
 
     vocab_size: int
     layers: int
@@ -24,25 +28,30 @@ class LlamaConfig:
     rotary_base: float
     norm_epsilon: float
     dtype: str = "float32"
+    param_dtype: str | None = None
+
+    def dtypes(self):
+        return dict(dtype=self.dtype, param_dtype=self.param_dtype or self.dtype)
 
     def linear(self):
         """What all projections have in common."""
         # On a GPU, XLA would round the factors of a float32 product to TF32.
         precision = "highest" if self.dtype == "float32" else None
-        return dict(dtype=self.dtype, param_dtype=self.dtype, precision=precision)
+        return dict(precision=precision, **self.dtypes())
 
 
 class RMSNorm(nnx.Module):
     """`scale * x / sqrt(mean(x ** 2) + epsilon)` over the last axis, in float32."""
 
     def __init__(self, config):
-        self.scale = nnx.Param(jnp.ones((config.features,), config.dtype))
+        self.scale = nnx.Param(jnp.ones((config.features,), config.dtypes()["param_dtype"]))
         self.epsilon = config.norm_epsilon
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return jnp.einsum("...d,d->...d", y.astype(x.dtype), self.scale[...])
+        scale = jnp.broadcast_to(self.scale[...].astype(jnp.float32), y.shape)
+        return (scale * y).astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -58,10 +67,35 @@ class MLP(nnx.Module):
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
+@ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(dtype, table, tokens):
+    """Rows `[B, T, features]` of a table `[vocab_size, features]`, in `dtype`.
+
+    Its gradient is a product that sums in float32: XLA's scatter-add of many tokens to few rows
+    takes most of a step on a GPU (https://github.com/jax-ml/jax/issues/38806).
+    """
+    return table[tokens].astype(dtype)
+
+
+def _look_up_fwd(dtype, table, tokens):
+    # Of the table, only the shape and the dtype.
+    return _look_up(dtype, table, tokens), (tokens, table[:, :0])
+
+
+def _look_up_bwd(dtype, residuals, gradient):
+    tokens, table = residuals
+    chosen = jax.nn.one_hot(tokens, table.shape[0], dtype=dtype)
+    sums = jnp.einsum("btv,btd->vd", chosen, gradient, preferred_element_type=jnp.float32)
+    return sums.astype(table.dtype), None
+
+
+_look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
 class Block(nnx.Module):
-    def __init__(self, config, *, rngs):
+    def __init__(self, config, attention, *, rngs):
         self.attention_norm = RMSNorm(config)
-        self.attention = CachedAttention(
+        self.attention = attention(
             config.features,
             config.heads,
             config.kv_heads,
@@ -84,37 +118,38 @@ class Llama(nnx.Module):
     The weights of all layers are stacked, `[layers, ...]`, and a scan goes over them: one layer is
     compiled, however many there are.
 
+    Args:
+      config: A `LlamaConfig`.
+      attention: The class of the attention layers.
+      rngs: Initializes the weights.
+
     Source: Touvron et al., LLaMA, 2023.
     """
 
-    def __init__(self, config, *, rngs):
+    def __init__(self, config, attention=CachedAttention, *, rngs):
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size,
-            config.features,
-            dtype=config.dtype,
-            param_dtype=config.dtype,
-            rngs=rngs,
-        )
+        self.embed = nnx.Embed(config.vocab_size, config.features, rngs=rngs, **config.dtypes())
         self.blocks = nnx.split_rngs(splits=config.layers)(
-            nnx.vmap(lambda rngs: Block(config, rngs=rngs))
+            nnx.vmap(lambda rngs: Block(config, attention, rngs=rngs))
         )(rngs)
         self.norm = RMSNorm(config)
 
-    def __call__(self, tokens, lengths=None):
+    def __call__(self, tokens, lengths=None, *, remat=None):
         """Logits of whole sequences: for training, or to score a text.
 
         Args:
           tokens: int32 `[B, T]`.
           lengths: int32 `[B]`, the tokens of each row; what follows them is padding. Default: T.
+          remat: Wraps the function of a layer, as `jax.checkpoint` does: what the backward pass
+            computes again. Default: nothing.
 
         Returns:
           float32 `[B, T, vocab_size]`; arbitrary for padding.
         """
-        x, _ = self._layers(tokens, counts=lengths)
+        x, _ = self._layers(tokens, counts=lengths, remat=remat)
         return self._logits(x)
 
-    def extend(self, tokens, cache, counts=None, *, cache_is_empty=False):
+    def extend(self, tokens, cache, counts=None, *, cache_is_empty=False, last=True):
         """Logits of the token that follows each row, after appending `tokens` to the cache.
 
         Args:
@@ -123,16 +158,22 @@ class Llama(nnx.Module):
           counts: int32 `[B]`, how many of the T tokens each row has. Default: all.
           cache_is_empty: Whether no row holds tokens yet (a Python bool): the prompt's keys are
             then read as they are computed, not back from the cache.
+          last: Whether only what follows a row's last token is wanted (a Python bool), not what
+            follows each.
 
         Returns:
-          `(logits, cache)`: float32 `[B, vocab_size]`, arbitrary where `counts` is 0.
+          `(logits, cache)`: float32 `[B, vocab_size]`, or `[B, T, vocab_size]` unless `last`;
+          arbitrary for padding.
         """
         batch, length = tokens.shape
         x, cache = self._layers(tokens, cache, counts=counts, cache_is_empty=cache_is_empty)
         if counts is None:
             counts = jnp.full((batch,), length, jnp.int32)
-        last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-        return self._logits(last)[:, 0], cache.advance(counts)
+        cache = cache.advance(counts)
+        if not last:
+            return self._logits(x), cache
+        x = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
+        return self._logits(x)[:, 0], cache
 
     def extend_packed(self, tokens, cu_seqlens, cache, *, split_size=None):
         """As `extend`, for rows of any number of new tokens: prompts' chunks beside single tokens.
@@ -151,7 +192,7 @@ class Llama(nnx.Module):
         last = jnp.maximum(cu_seqlens[1:] - 1, 0)
         return self._logits(x[last]), cache.advance(cu_seqlens[1:] - cu_seqlens[:-1])
 
-    def _layers(self, tokens, cache=None, **attention):
+    def _layers(self, tokens, cache=None, remat=None, **attention):
         rotary = rotary_tables(
             self.config.max_length, self.config.head_dim, self.config.rotary_base
         )
@@ -165,14 +206,16 @@ class Llama(nnx.Module):
             ), None
 
         layers = weights, jnp.arange(self.config.layers, dtype=jnp.int32)
-        (x, cache), _ = jax.lax.scan(layer, (self.embed(tokens), cache), layers)
+        layer = layer if remat is None else remat(layer)
+        x = _look_up(jnp.dtype(self.config.dtype), self.embed.embedding[...], tokens)
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), layers)
         return self.norm(x), cache
 
     def _logits(self, x):
         return jnp.einsum(
             "...d,vd->...v",
             x,
-            self.embed.embedding[...],
+            self.embed.embedding[...].astype(x.dtype),
             precision=self.config.linear()["precision"],
             preferred_element_type=jnp.float32,
         )
