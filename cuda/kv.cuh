@@ -20,7 +20,7 @@ struct KvRow {
     const int layer = index.layer ? index.layer[index.layers == 1 ? 0 : b] : 0;
     row = int64_t(layer) * index.layer_stride;
     pages = index.page_table ? index.page_table + int64_t(b) * index.max_pages : nullptr;
-    if (!pages) row += index.rows ? index.rows[b] : b % rows;
+    if (!pages) row += index.rows ? index.rows[b] : __builtin_expect(b < rows, 1) ? b : b % rows;
     start = index.start ? index.start[b] : 0;
     page_size = index.page_size;
   }

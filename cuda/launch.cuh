@@ -52,4 +52,36 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// Launches clusters of blocks, if all of them run at once: `launched` says whether. Only code for
+// sm_90 knows of clusters, and GPUs of one kind differ in how many of them they hold.
+template <typename... Params, typename... Args>
+cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, dim3 cluster, int threads,
+                            int shared_bytes, cudaStream_t stream, bool& launched,
+                            const Args&... args) {
+  launched = false;
+  cudaFuncAttributes compiled = {};
+  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error != cudaSuccess || compiled.ptxVersion < 90) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute shape = {};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim = {cluster.x, cluster.y, cluster.z};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &shape;
+  config.numAttrs = 1;
+  int clusters = 0;
+  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
+  if (error != cudaSuccess || blocks > int64_t(clusters) * cluster.x * cluster.y * cluster.z) {
+    return error;
+  }
+  launched = true;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 }  // namespace jax_fa

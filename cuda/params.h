@@ -88,6 +88,8 @@ struct SplitScratch {
   float* o;          // [splits, total_q, heads_q, head_dim_v]; packed: [columns, head_dim_v]
   float* lse;        // the same without head_dim_v
   int splits;        // of dense queries
+  int heads_group;   // the launcher's heads_q / heads_kv: short-lived blocks do not divide
+  bool in_cluster;   // the splits are blocks of a cluster and merge there, without scratch
   int columns;       // that there is place for; below: packed queries, divided on the device
   int part_keys;     // the most keys of a part of a row, or 0: the device chooses
   int2* rows;        // [batch + 1]: a row's first task and its parts, where some row has several;

@@ -170,6 +170,16 @@ __device__ __forceinline__ void wait_for_previous_grid() {
 #endif
 }
 
+// A load that is issued where it stands, however late its result is needed, if that goes through
+// settle(): what is computed from x comes after what stands before.
+__device__ __forceinline__ int load_early(const int* address) {
+  int x;
+  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(address));
+  return x;
+}
+
+__device__ __forceinline__ void settle(int& x) { asm volatile("" : "+r"(x)); }
+
 // x / y within 2 ulp: what XLA compiles a float32 division to on NVIDIA GPUs.
 __device__ __forceinline__ float div_full(float x, float y) {
   float quotient;

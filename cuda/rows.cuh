@@ -17,8 +17,12 @@ __device__ inline int queries_elsewhere(const AttentionParams& p, int b) {
   return len_q < p.min_len_q ? len_q : 0;
 }
 
+__device__ inline int clamp_length(const AttentionParams& p, int length) {
+  return min(max(length, 0), p.kv.len_kv);
+}
+
 __device__ inline int row_len_kv(const AttentionParams& p, int b) {
-  return p.kv.length ? min(max(p.kv.length[b], 0), p.kv.len_kv) : p.kv.len_kv;
+  return p.kv.length ? clamp_length(p, p.kv.length[b]) : p.kv.len_kv;
 }
 
 }  // namespace jax_fa

@@ -58,6 +58,26 @@ def test_decode_of_a_long_row_is_split_and_deterministic(kind, dtype, rng):
         same_bits(call(q, cache, lengths, maps), actual)
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("rows, splits", [(1, 8), (2, 4), (4, 2)])
+def test_decode_of_few_rows_in_clusters(rows, splits, dtype, kind, rng):
+    cache, wide, maps = filled(rng, kind, rows, 1511, 8, 128, dtype)
+    q = cases.normal(rng, rows, 3, 16, 128, dtype=jnp.bfloat16)
+    lengths = jnp.array([1511, 700, 3, 0], jnp.int32)[:rows]
+
+    def attend(q):
+        return jax_fa.decode_attention(q, *cache, lengths, **maps)
+
+    (plan,) = jax_fa.explain(attend, q, device="h200")
+    assert (plan.warps, plan.splits) == (8, splits)
+    for options in ({}, {"window": 900, "softcap": 20.0}):
+        call, actual = check_decode(q, cache, wide, lengths, maps, "bfloat16", **options)
+        same_bits(call(q, cache, lengths, maps), actual)
+    for length in (0, 17):  # parts without keys
+        check_decode(q, cache, wide, jnp.full(rows, length, jnp.int32), maps, "bfloat16")
+
+
 @pytest.mark.parametrize("page", [1, 8, 16, 128])
 def test_decode_page_sizes(page, rng):
     cache, wide, maps = filled(rng, "paged", 2, 300, 2, 64, "bfloat16", page=page)

@@ -228,6 +228,11 @@ def test_decode_splits_bound_scratch_and_leave_work_for_each(dims):
             assert length // splits >= 32
 
 
+def test_few_rows_are_split_into_clusters_that_run_at_once():
+    for batch, splits in ((1, 8), (2, 4), (3, 4), (4, 2), (6, 2), (8, 1), (16, 1)):
+        assert _jax_fa.decode_splits(batch, 1, 32, 8, 128, 128, 1024, 2) == splits
+
+
 @pytest.mark.parametrize("key_bytes", [0, 1, 2])
 def test_decode_splits_of_few_keys_stay_whole(key_bytes):
     for length in (1, 64, 127):

@@ -60,6 +60,8 @@ struct Consumer {
   __device__ void gemm_qk(TileScores& s, const typename KeyReader::Tile& sK,
                           const KeyReader& reader) const {
     constexpr int kStepsPerVector = T::KeyFormat::kElements / 4;
+    constexpr bool kTwoChains = T::kWide && T::kColumnTiles == 1;  // few warps wait for products
+    TileScores odd = {};
 #pragma unroll
     for (int vector = 0; vector < KeyReader::kVectors; ++vector) {
       const auto row0 = reader.read(sK, 0, vector), row1 = reader.read(sK, 1, vector);
@@ -70,8 +72,16 @@ struct Consumer {
         const auto& sQ = smem.q[vector * kStepsPerVector + part];
 #pragma unroll
         for (int n = 0; n < T::kColumnTiles; ++n) {
-          mma<T::KeyFormat::kMma>(s[n], a, sQ[n][threadIdx.x % 32]);
+          mma<T::KeyFormat::kMma>(kTwoChains && part % 2 ? odd[n] : s[n], a,
+                                  sQ[n][threadIdx.x % 32]);
         }
+      }
+    }
+    if constexpr (kTwoChains) {
+#pragma unroll
+      for (int n = 0; n < T::kColumnTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
       }
     }
   }
@@ -84,7 +94,7 @@ struct Consumer {
       x *= T::KeyFormat::kTokenScale ? scale * k_scale[i][half] : scale;
     });
     if (p.softcap > 0.f) {
-      const Softcap softcap{p.softcap};
+      const Softcap softcap{p.softcap, ptx::rcp(p.softcap)};
       for_scores(s, [&](float& x, int, int, int, int, int) { x = softcap(x) * kLog2e; });
     }
     if (p.alibi_slopes) {
@@ -128,20 +138,27 @@ struct Consumer {
     bool outgrown = false;
     for_columns([&](int n, int e) { outgrown |= top[n][e] > max_log2[n][e] + kSlack; });
     if (__any_sync(~0u, outgrown)) {
+      float shrinks[T::kColumnTiles][2];
+      bool nonzero = false;
       for_columns([&](int n, int e) {
         float& m = max_log2[n][e];
+        nonzero |= m != kNoMax;
         float m_new = fmaxf(m, top[n][e]);
 #pragma unroll
         for (int d = 4; d < 32; d *= 2) m_new = fmaxf(m_new, __shfl_xor_sync(~0u, m_new, d));
-        const float shrink = ptx::exp2(m - m_new);
+        shrinks[n][e] = ptx::exp2(m - m_new);
         m = m_new;
-        sum[n][e] *= shrink;
-#pragma unroll
-        for (int i = 0; i < T::kDimTiles; ++i) {
-          acc[n][i][e] *= shrink;
-          acc[n][i][e + 2] *= shrink;
-        }
+        sum[n][e] *= shrinks[n][e];
       });
+      if (__any_sync(~0u, nonzero)) {
+        for_columns([&](int n, int e) {
+#pragma unroll
+          for (int i = 0; i < T::kDimTiles; ++i) {
+            acc[n][i][e] *= shrinks[n][e];
+            acc[n][i][e + 2] *= shrinks[n][e];
+          }
+        });
+      }
     }
     for_scores(s, [&](float& x, int, int i, int half, int n, int e) {
       x = ptx::exp2(x - max_log2[n][e]);
@@ -185,9 +202,11 @@ struct Consumer {
       const int column = n * 8 + c * 2 + e;
 #pragma unroll
       for (int d = 4; d < 32; d *= 2) sum[n][e] += __shfl_xor_sync(~0u, sum[n][e], d);
+      if (smem.columns[column].token < 0) return;
+      auto& parts = smem.merge.warps;
       if (g == 0) {
-        smem.max_log2[warp][column] = max_log2[n][e];
-        smem.sum[warp][column] = sum[n][e];
+        parts.max_log2[warp][column] = max_log2[n][e];
+        parts.sum[warp][column] = sum[n][e];
       }
 #pragma unroll
       for (int tile = 0; tile < T::kDimTiles; tile += 2) {  // a lane's dims are consecutive
@@ -195,7 +214,7 @@ struct Consumer {
                         tile % kTilesPerVector * 2;
         const auto &lo = acc[n][tile], &hi = acc[n][tile + 1];
         if (dim < T::kHeadDim) {
-          *reinterpret_cast<float4*>(&smem.o[warp][column][dim]) =
+          *reinterpret_cast<float4*>(&parts.o[warp][column][dim]) =
               make_float4(lo[e], lo[e + 2], hi[e], hi[e + 2]);
         }
       }

@@ -6,12 +6,23 @@
 // (fragments.cuh): no warp waits for another.
 //
 // A block takes an equal share of its row's own tiles, its warps take these in turn, each with a
-// softmax of its own. They merge through shared memory; splits merge in a second launch
-// (combine.cuh). Dense queries: grid (heads_kv x groups of columns, splits, batch). Packed ones: as
-// many blocks as run at once, each with one task after the other (schedule.cuh).
+// softmax of its own. They merge through shared memory (merge.cuh); splits merge in a second launch
+// (combine.cuh), or are blocks of a cluster. Dense queries: grid (heads_kv x groups of columns,
+// splits, batch). Packed ones: as many blocks as run at once, each with one task after the other
+// (schedule.cuh).
+//
+// Few blocks ("wide": 8 warps, one block a multiprocessor) live for microseconds, most of which
+// they wait: for queries, keys, the row's length, and for instructions that are not in a cache yet.
+// So loads of all three leave before any is waited for, tiles count as full until the length is
+// known, and every step of the algorithm is once in the code. 32 heads of 128 (H200, L2 cold): 1
+// key 3.8 us (6.6 with two warps a block and loads in turn), 128 keys 4.3 (6.3), 512 keys 6.2
+// (9.3).
+#include <type_traits>
+
 #include "decode/combine.cuh"
 #include "decode/consumer.cuh"
-#include "decode/fragments.cuh"
+#include "decode/merge.cuh"
+#include "decode/queries.cuh"
 #include "decode/reader.cuh"
 #include "decode/schedule.cuh"
 #include "decode/splits.h"
@@ -20,6 +31,7 @@
 #include "params.h"
 #include "ptx.cuh"
 #include "score.cuh"
+#include "sm90/ptx.cuh"
 
 namespace jax_fa::decode {
 namespace {
@@ -38,13 +50,17 @@ struct Traits {
   static constexpr bool kWholeTiles = kWholeTiles_;
   static constexpr int kColumnTiles = kColumnTiles_, kColumns = kColumnTiles * 8;
   static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
-  // Steps of a warp in flight or in use: shared memory then holds 12 warps with twice 8 KB, more
-  // than the 40 KB that an H200's SM needs in flight. 8-bit caches gain more from 16 warps.
-  static constexpr int kStages = 2;
+  static constexpr bool kWide = kWarps == kWideWarps;
+  static constexpr bool kClusters = kWide && kColumnTiles == 1;  // parts may be blocks of one
+  // Steps of a warp in flight or in use: shared memory then holds 12 warps with twice 8 KB, or 8
+  // with three times, more than the 40 KB that an H200's SM needs in flight. 8-bit caches gain more
+  // from 16 warps.
+  static constexpr int kStages = kWide ? 3 : 2;
   static constexpr int kStepKeys = decode_step_keys(kHeadDim, kColumnTiles, KeyFormat::kTokenScale);
   static constexpr int kKeyTiles = kStepKeys / 16;
-  static constexpr int kMinBlocks =
-      kColumnTiles == 4 || kHeadDim > 128 ? 2 : 12 / kWarps;  // 12 warps: 168 registers each
+  // 12 warps: 168 registers each, of which general instances of 96 would spill some
+  static constexpr bool kFew = kHeadDim == 96 && !kWholeTiles;
+  static constexpr int kMinBlocks = kHeadDim > 128 ? 2 : kFew ? 4 : 12 / kWarps;
 
   using Shared = SharedStorage<Traits>;
   using KeyReader = RowReader<KeyFormat, kHeadDim, 4, kWholeTiles>;
@@ -64,104 +80,46 @@ template <typename T>
 struct SharedStorage {
   union {
     Stage<T> stages[T::kWarps][T::kStages];
-    // after the loop; padded: the lanes of a quad write rows that lie 8 banks apart
-    float o[T::kWarps][T::kColumns][T::kHeadDim + 4];
+    struct {  // after the loop
+      Parts<T> warps;
+      Parts<T> blocks[T::kClusters];  // of a cluster, in the first of these
+    } merge;
   };
   uint2 q[T::kQSteps][T::kColumnTiles][32];  // B fragments, by lane
-  float max_log2[T::kWarps][T::kColumns], sum[T::kWarps][T::kColumns];
   Column columns[T::kColumns];
-  ScheduleState<T> schedule;  // packed rows
-  Task<true> tasks[2];        // this one, and one that is taken early
+  ScheduleState<T> schedule;   // packed rows
+  Task<true> tasks[2];         // this one, and one that is taken early
+  ptx::Barrier parts_arrived;  // of a cluster's blocks, in the first of these
 };
-
-// Q^T as B fragments. Lane (g, c) of step i holds, for column g, the four dims that lane (., c)
-// takes from a row of K in step i. Columns and dims that do not exist are zero.
-template <typename T, bool kPacked>
-__device__ void load_q(SharedStorage<T>& smem, const AttentionParams& p, const Row<kPacked>& row) {
-  using Format = typename T::KeyFormat;
-  constexpr int kStepsPerVector = Format::kElements / 4;
-  uint2* const sQ = &smem.q[0][0][0];
-  for (int i = threadIdx.x; i < T::kQSteps * T::kColumnTiles * 32; i += T::kThreads) {
-    const int lane = i % 32, tile = i / 32 % T::kColumnTiles, step = i / 32 / T::kColumnTiles;
-    const Column& column = smem.columns[tile * 8 + lane / 4];
-    const int dim =
-        (step / kStepsPerVector * 4 + lane % 4) * Format::kElements + step % kStepsPerVector * 4;
-    uint2 x = {};
-    if (column.token >= 0 && dim < p.head_dim) {
-      const int64_t offset =
-          (row.token0 + column.token) * p.q_token_stride + column.head * p.q_head_stride + dim;
-      x = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.q) + offset));
-      if constexpr (Format::kMma != T::kDType) {
-        const float2 lo = unpack<T::kDType>(x.x), hi = unpack<T::kDType>(x.y);
-        x = {pack<Format::kMma>(lo.x, lo.y), pack<Format::kMma>(hi.x, hi.y)};
-      }
-    }
-    sQ[i] = x;
-  }
-}
-
-// Sums the warps' parts: four dims of a column a thread. Of a row in one part this is the result.
-template <typename T, bool kPacked>
-__device__ void merge_and_store(const SharedStorage<T>& smem, const AttentionParams& p,
-                                const SplitScratch& scratch, const Row<kPacked>& row,
-                                const Task<kPacked>& task) {
-  constexpr int kVectors = T::kHeadDim / 4;
-#pragma unroll T::kWarps == kWideWarps ? 1 : 4
-  for (int i = threadIdx.x; i < T::kColumns * kVectors; i += T::kThreads) {
-    const int c = i / kVectors, dim = i % kVectors * 4;
-    const Column& column = smem.columns[c];
-    if (column.token < 0 || dim >= p.head_dim_v) continue;
-    float max_log2 = kNoMax, sum = 0.f;
-    float4 o = {};
-#pragma unroll
-    for (int w = 0; w < T::kWarps; ++w) max_log2 = fmaxf(max_log2, smem.max_log2[w][c]);
-#pragma unroll
-    for (int w = 0; w < T::kWarps; ++w) {
-      const float weight = ptx::exp2(smem.max_log2[w][c] - max_log2);
-      const float4 x = *reinterpret_cast<const float4*>(&smem.o[w][c][dim]);
-      sum += weight * smem.sum[w][c];
-      o = {o.x + weight * x.x, o.y + weight * x.y, o.z + weight * x.z, o.w + weight * x.w};
-    }
-    const float lse = sum == 0.f ? -INFINITY : (max_log2 + ptx::log2(sum)) * kLn2;
-    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-    o = {o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse};
-    if (task.parts == 1) {
-      store_row<T::kDType>(p, row, column.token, column.head, dim, o, lse);
-    } else {
-      const int64_t token = int64_t(task.part) * p.total_q + row.token0 + column.token;
-      store_partial(
-          p, scratch,
-          kPacked ? int64_t(task.index) * T::kColumns + c : token * p.heads_q + column.head, dim, o,
-          lse);
-    }
-  }
-}
-
-// A row in one piece: its first keys are on their way while its length is.
-template <typename T>
-__device__ __forceinline__ void prefetch(const AttentionParams& p, int b, int head_kv, int parts) {
-  if (p.kv.page_table || p.kv.rows || parts > 1 || p.window_left >= 0) return;
-  const typename T::KeyReader key_reader(p.k, p.kv, b, head_kv, p.head_dim);
-  const typename T::ValueReader value_reader(p.v, p.kv, b, head_kv, p.head_dim_v);
-#pragma unroll
-  for (int i = 0; i < T::kStages; ++i) {
-    const int key0 = (threadIdx.x / 32 + i * T::kWarps) * T::kStepKeys;
-    key_reader.prefetch(key0, T::kStepKeys, p.kv.len_kv);
-    value_reader.prefetch(key0, T::kStepKeys, p.kv.len_kv);
-  }
-}
 
 // `meanwhile` is called when the first copies are on their way.
 template <typename T, bool kPacked, class Meanwhile>
 __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionParams& p,
                                        const SplitScratch& scratch, const Task<kPacked>& task,
                                        Meanwhile meanwhile) {
-  const Row<kPacked>& row = task.row;
+  using Share = decode::Share<!T::kWide, T::kWarps>;
+  std::conditional_t<T::kWide, Row<kPacked>, const Row<kPacked>&> row = task.row;
   const int b = row.b, head_kv = task.head_kv;
-  const typename T::KeyReader key_reader(p.k, p.kv, b, head_kv, p.head_dim);
-  const typename T::ValueReader value_reader(p.v, p.kv, b, head_kv, p.head_dim_v);
-  const IntervalMask mask = row.mask(p);
-  const Share share(mask, row.len_q, T::kStepKeys, task.part, task.parts);
+  const int heads_group = kPacked ? p.heads_q / p.heads_kv : scratch.heads_group;
+  // Where it is known which keys come first before the row's length is, they do not wait for it:
+  // until then the row counts as full. A row without keys may name any of a cache's.
+  const bool early = T::kWide && !p.kv.page_table && !p.kv.rows && p.window_left < 0;
+  int length = p.kv.len_kv;
+  if constexpr (T::kWide) {
+    if (early && p.kv.length) length = ptx::load_early(p.kv.length + b);
+    if (!early) row.len_kv = row_len_kv(p, b);
+  }
+  QueryLoader<T> queries;
+  // they wait in registers, where there are some
+  constexpr bool kQueriesFirst = !kPacked && (T::kHeadDim != 96 || T::kColumnTiles < 4);
+  if constexpr (kQueriesFirst) queries.load(p, row, head_kv, heads_group, task.column_group);
+  const KvRow key_row(p.kv, b, p.k.rows);
+  KvRow value_row = key_row;
+  if (__builtin_expect(p.v.rows != p.k.rows, 0)) value_row = KvRow(p.kv, b, p.v.rows);
+  const typename T::KeyReader key_reader(p.k, key_row, head_kv, p.head_dim);
+  const typename T::ValueReader value_reader(p.v, value_row, head_kv, p.head_dim_v);
+  Share share({0, p.kv.len_kv}, {}, T::kStepKeys, task.part, task.parts);
+  if (!early) share = Share(row.mask(p), row.len_q, T::kStepKeys, task.part, task.parts);
   const RowKeys<T::kWholeTiles> keys(p.kv, b, share.any);
   Stage<T>* const stages = smem.stages[threadIdx.x / 32];
   int pages[T::kKeyTiles];  // of the next step to copy, looked up early
@@ -176,29 +134,42 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
 #pragma unroll
       for (int i = 0; i < T::kKeyTiles; ++i) {
         const KeyTile tile = keys.tile(step * T::kStepKeys + i * 16, pages[i]);
-        key_reader.copy(stages[stage].keys[i], keys, tile);
-        value_reader.copy(stages[stage].values[i], keys, tile);
+        key_reader.template copy<T::kWide>(stages[stage].keys[i], keys, tile);
+        value_reader.template copy<T::kWide>(stages[stage].values[i], keys, tile);
       }
-      find_pages(step + T::kWarps);
+      find_pages(step + share.stride);
     }
     ptx::cp_async_commit();
   };
 
-  int step = share.first_step + threadIdx.x / 32, stage = 0;
-  if (step < share.end_step) find_pages(step);
-#pragma unroll T::kWarps == kWideWarps ? 1 : T::kStages  // few blocks wait for cold instructions
-  for (int i = 0; i < T::kStages; ++i) copy(step + i * T::kWarps, i);
-  meanwhile();
-  if (threadIdx.x < T::kColumns) {
-    const int i = task.column_group * T::kColumns + threadIdx.x;
-    smem.columns[threadIdx.x] = make_column(p, row, mask, head_kv, i);
-  }
-  __syncthreads();  // columns are known
-  load_q(smem, p, row);
-  __syncthreads();  // Q is in shared memory
+  const auto after_first_copy = [&] {
+    if constexpr (T::kClusters && kHasClusters) {
+      if (scratch.in_cluster && threadIdx.x == 0) {
+        ptx::barrier_init(smem.parts_arrived, 1);
+        ptx::fence_barrier_init();
+      }
+    }
+    if constexpr (T::kWide) {
+      if (!early) return;
+      ptx::settle(length);
+      row.len_kv = clamp_length(p, length);
+      share = Share(row.mask(p), row.len_q, T::kStepKeys, task.part, task.parts);
+    }
+  };
+  const auto prepare = [&] {
+    meanwhile();
+    if (threadIdx.x < T::kColumns) {
+      int i = task.column_group * T::kColumns + threadIdx.x;
+      ptx::settle(i);  // or it is computed before the first copies
+      smem.columns[threadIdx.x] = make_column(row, row.mask(p), head_kv, heads_group, i);
+    }
+    if constexpr (!kQueriesFirst) queries.load(p, row, head_kv, heads_group, task.column_group);
+    queries.store(smem);
+    __syncthreads();  // columns are known, Q is in shared memory
+  };
 
   Consumer<T> consumer(smem);
-  for (; step < share.end_step; step += T::kWarps) {
+  const auto consume = [&](int step, int stage) {
     const int key0 = step * T::kStepKeys;
     ptx::cp_async_wait<T::kStages - 1>();
     __syncwarp();  // this step's copies, by all lanes, are there
@@ -208,6 +179,15 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
       if (threadIdx.x % 32 < 16) key_reader.share_scales(now.keys[0], row);
       if (threadIdx.x % 32 >= 16) value_reader.share_scales(now.values[0], row);
       __syncwarp();  // the shares, by all lanes, are there
+    }
+    if constexpr (T::kWide) {
+      if (key0 + T::kStepKeys > share.any.hi && share.any.hi <= keys.last) {  // read early
+#pragma unroll
+        for (int i = 0; i < T::kKeyTiles; ++i) {
+          value_reader.clear(now.values[i], key0 + i * 16, share.any);
+        }
+        __syncwarp();  // what lanes cleared is there
+      }
     }
     typename Consumer<T>::Scores s = {};
     typename Consumer<T>::TokenScales k_scale, v_scale;
@@ -226,18 +206,50 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
 #pragma unroll
     for (int i = 0; i < T::kKeyTiles; ++i) consumer.gemm_pv(s[i], now.values[i], value_reader);
     __syncwarp();  // no lane reads this stage any more
-    copy(step + T::kStages * T::kWarps, stage);
-    stage = stage + 1 == T::kStages ? 0 : stage + 1;
+  };
+  const auto next = [](int stage) { return stage + 1 == T::kStages ? 0 : stage + 1; };
+  int step = share.first_step + threadIdx.x / 32, stage = 0;
+  if (step < share.end_step) find_pages(step);
+  if constexpr (T::kWide) {
+    // Turns copy one step and consume another, the first ones only copy: so all copies are at one
+    // place in the code.
+    for (int turn = 1 - T::kStages;; ++turn, step += share.stride) {
+      copy(step, stage);
+      stage = next(stage);
+      if (turn == 1 - T::kStages) after_first_copy();
+      if (turn < 0) continue;
+      if (turn == 0) prepare();
+      const int oldest = step - (T::kStages - 1) * share.stride;
+      if (oldest >= share.end_step) break;
+      consume(oldest, stage);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < T::kStages; ++i) copy(step + i * share.stride, i);
+    prepare();
+    for (; step < share.end_step; step += share.stride) {
+      consume(step, stage);
+      copy(step + T::kStages * share.stride, stage);
+      stage = next(stage);
+    }
   }
 
   ptx::cp_async_wait<0>();
   __syncthreads();  // no warp reads its queue any more: the merge takes its place
+  if constexpr (T::kClusters && kHasClusters) {
+    if (scratch.in_cluster) ptx::cluster_arrive();
+  }
   consumer.publish(smem);
   __syncthreads();  // all warps' parts are in shared memory
   if constexpr (kPacked) {
-    merge_and_store(smem, p, scratch, row, task);
+    Merger<T, true>{smem, p, scratch, row, task}.in_block();
   } else {
-    merge_and_store(smem, p, scratch, Row<false>(p, blockIdx.z), task);  // not kept over the loop
+    const Row<false> row(p, blockIdx.z);  // not kept over the loop
+    const Merger<T, false> merger{smem, p, scratch, row, task};
+    if constexpr (T::kClusters && kHasClusters) {
+      if (scratch.in_cluster) return merger.in_cluster();
+    }
+    merger.in_block();
   }
 }
 
@@ -247,10 +259,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kMinBlocks)
   extern __shared__ __align__(16) char smem_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<T>*>(smem_bytes);
   ptx::launch_dependents();  // the next grid's blocks take the places that the last of these leave
-  const int head_kv = blockIdx.x % p.heads_kv, column_group = blockIdx.x / p.heads_kv;
-  if constexpr (T::kWarps == kWideWarps) prefetch<T>(p, blockIdx.z, head_kv, scratch.splits);
-  const Task<false> task{Row<false>(p, blockIdx.z), head_kv,        column_group,
-                         int(blockIdx.y),           scratch.splits, 0};
+  const int column_group = blockIdx.x < p.heads_kv ? 0 : blockIdx.x / p.heads_kv;
+  const int head_kv = blockIdx.x - column_group * p.heads_kv;
+  const Row<false> row = T::kWide ? Row<false>(p, blockIdx.z, p.kv.len_kv)  // not known yet
+                                  : Row<false>(p, blockIdx.z);
+  const Task<false> task{row, head_kv, column_group, int(blockIdx.y), scratch.splits, 0};
   attend<T>(smem, p, scratch, task, [] {});
 }
 
@@ -289,11 +302,23 @@ __global__ void __launch_bounds__(T::kThreads, packed_blocks<T>())
 }
 
 template <typename T>
-cudaError_t launch_dense(const AttentionParams& p, const SplitScratch& scratch,
-                         cudaStream_t stream) {
-  const int columns = p.heads_q / p.heads_kv * p.len_q;
+cudaError_t launch_dense(const AttentionParams& p, SplitScratch scratch, cudaStream_t stream) {
+  scratch.heads_group = p.heads_q / p.heads_kv;
+  const int columns = scratch.heads_group * p.len_q;
   const dim3 grid(p.heads_kv * ((columns + T::kColumns - 1) / T::kColumns), scratch.splits,
                   p.batch);
+  if constexpr (T::kClusters) {
+    static_assert(kMaxCluster <= T::kWarps);  // what a block has place for
+    if (scratch.splits > 1 && fits_clusters(int64_t(grid.x) * grid.z, scratch.splits)) {
+      bool launched = false;
+      scratch.in_cluster = true;
+      const cudaError_t error =
+          launch_clusters(decode_kernel<T>, grid, dim3(1, scratch.splits), T::kThreads,
+                          sizeof(SharedStorage<T>), stream, launched, p, scratch);
+      if (launched || error != cudaSuccess) return error;
+      scratch.in_cluster = false;
+    }
+  }
   const cudaError_t error = launch(decode_kernel<T>, grid, T::kThreads, sizeof(SharedStorage<T>),
                                    stream, /*beside_previous=*/false, p, scratch);
   if (error != cudaSuccess || scratch.splits == 1) return error;
@@ -351,8 +376,8 @@ cudaError_t launch_columns(const AttentionParams& p, const SplitScratch& scratch
     const DecodeSplit split =
         decode_split(p.batch, p.len_q, p.heads_q, p.heads_kv, p.head_dim, p.head_dim_v, p.kv.len_kv,
                      KeyFormat::kBytes / KeyFormat::kElements);
-    if (split.warps == kWideWarps) return launch_dense<Wide>(p, scratch, stream);
     if (tiles == 4) return launch_dense<Four>(p, scratch, stream);
+    if (split.warps == kWideWarps) return launch_dense<Wide>(p, scratch, stream);
   }
   return tiles == 1 ? launch_dense<One>(p, scratch, stream) : launch_dense<Two>(p, scratch, stream);
 }

@@ -109,33 +109,30 @@ struct RowReader {
   int token_bytes, head_dim;
   uint32_t vector_groups;  // 2^16 vectors / vectors of a group, rounded up
 
-  __device__ RowReader(const KvTensor& tensor, const KvIndex& index, int b, int head, int head_dim)
+  __device__ RowReader(const KvTensor& tensor, const KvRow& row, int head, int head_dim)
       : tensor(tensor),
         format(tensor),
         token_bytes(int(tensor.token_stride) * kElementBytes),
         head_dim(head_dim),
         vector_groups(((Format::kElements << 16) * tensor.groups + head_dim - 1) / head_dim) {
-    const KvRow row(index, b, tensor.rows);
     const KvSlot origin = {row.row, row.start};
     data = static_cast<const char*>(tensor.data) + kv_offset(tensor, origin, head) * kElementBytes;
     scale = tensor.scale ? tensor.scale + scale_offset(tensor, origin, head) : nullptr;
   }
 
-  // Asks L2 for keys of a contiguous row, as far as it has any, by all lanes of a warp.
-  __device__ void prefetch(int key0, int keys, int len_kv) const {
-    constexpr int kLine = 128, kLines = (kHeadDim * kElementBytes + kLine - 1) / kLine;
-    for (int i = lane(); i < keys * kLines; i += 32) {
-      const int key = key0 + i / kLines, byte = i % kLines * kLine;
-      if (key >= len_kv || byte >= head_dim * kElementBytes) continue;
-      ptx::prefetch_l2(data + int64_t(key) * token_bytes + byte);
-    }
-  }
-
-  // By all lanes of a warp; reads, by any of them, must wait for all.
+  // By all lanes of a warp; reads, by any of them, must wait for all. kShort: one way for all
+  // tiles, as a cold kernel waits for its instructions too.
+  template <bool kShort>
   __device__ void copy(Tile& sTile, const RowKeys<kWholeTiles>& keys, const KeyTile& tile) const {
-    if (tile.full) {
-      const char* const tile_data = data + tile.page * (tensor.row_stride * kElementBytes) +
-                                    int64_t(tile.token) * token_bytes;
+    const char* const tile_data =
+        data + tile.page * (tensor.row_stride * kElementBytes) + int64_t(tile.token) * token_bytes;
+    if constexpr (kShort) {
+      const int key0 = tile.key0 - tile.first, lo = keys.lo - tile.first;
+      const int last = keys.last - tile.first;
+      copy_rows<true>(sTile, [&](int row) {
+        return tile_data + int64_t(min(max(key0 + row, lo), last)) * token_bytes;
+      });
+    } else if (tile.full) {
       copy_rows<true>(sTile, [&](int row) { return tile_data + row * token_bytes; });
     } else {
       copy_rows<!kWholeTiles>(sTile, [&](int row) {
@@ -151,6 +148,18 @@ struct RowReader {
     }
     if constexpr (Format::kGroupScale) {
       if (tensor.groups > 1) copy_group_scales(sTile, keys, tile);
+    }
+  }
+
+  // Zeroes what was read of keys that nobody sees: it may be anything. By all lanes of a warp.
+  __device__ void clear(Tile& sTile, int key0, Interval keys) const {
+    const auto seen = [&](int row) { return key0 + row >= keys.lo && key0 + row < keys.hi; };
+#pragma unroll 1
+    for (int i = lane(); i < 16 * kRowSlots; i += 32) {
+      if (!seen(i / kRowSlots)) sTile.slots[i / kRowSlots][i % kRowSlots] = {};
+    }
+    if constexpr (Format::kTokenScale) {
+      if (lane() < 16 && !seen(lane())) sTile.token_scale[lane()] = 0.f;
     }
   }
 
@@ -213,13 +222,15 @@ struct RowReader {
            byte % 16;
   }
 
-  // kUnroll: little of what seldom runs, as a cold kernel waits for its instructions too
+  // kUnroll: little of what seldom runs
   template <bool kUnroll, typename Source>
   __device__ void copy_rows(Tile& sTile, Source source) const {
     constexpr int kCopies = kHeadDim * kElementBytes / kCopyBytes;  // of a row
 #pragma unroll kUnroll ? kCopies * 16 / 32 : 4
     for (int i = 0; i < kCopies * 16; i += 32) {
-      const int row = (i + lane()) / kCopies, byte = (i + lane()) % kCopies * kCopyBytes;
+      constexpr bool kSameByte = 32 % kCopies == 0;  // for a lane, in all rows
+      const int row = kSameByte ? i / kCopies + lane() / kCopies : (i + lane()) / kCopies;
+      const int byte = (kSameByte ? lane() : i + lane()) % kCopies * kCopyBytes;
       const char* const src = source(row) + byte;
       const uint32_t dst = ptx::shared_address(at(sTile, row, byte));
       const int bytes = byte < head_dim * kElementBytes ? kCopyBytes : 0;

@@ -19,13 +19,17 @@ constexpr int decode_column_tiles(int head_dim, int columns) {
   return columns <= 8 ? 1 : columns <= 16 || head_dim > 128 ? 2 : 4;
 }
 
+// Of a block where there is no more than one for each multiprocessor.
+constexpr int kWideWarps = 8;
+
+// The most keys that such a block was seen to read better than several beside each other.
+constexpr int wide_keys(int element_bytes) { return element_bytes == 1 ? 1024 : 8192; }
+
 // Small blocks start, merge and end while others read: 128 rows of 128 keys of 32 int8 heads take
 // 56 us with 2 warps and 74 with 4 (H200). Many columns come with few blocks, which need the warps.
-constexpr int decode_warps(int column_tiles) { return column_tiles == 1 ? 2 : 4; }
-
-// Where there is no more than a block for each multiprocessor, it reads with so many, up to so many
-// keys times the bytes of an element: beyond, more bytes in flight count for more.
-constexpr int kWideWarps = 8, kWideKeys = 1024;
+constexpr int decode_warps(int column_tiles) {
+  return column_tiles == 1 ? 2 : column_tiles == 2 ? 4 : kWideWarps;
+}
 
 // Keys of a step of a warp: an mma tile of 16, or two where one would be less than 4 KB of 16-bit
 // elements.
@@ -33,13 +37,25 @@ constexpr int decode_step_keys(int head_dim, int column_tiles, bool byte_keys) {
   return head_dim <= 64 && column_tiles <= 2 && !byte_keys ? 32 : 16;
 }
 
-constexpr int kMultiprocessors = 132;  // of an H200
+constexpr int kMultiprocessors = 132, kProcessingClusters = 8;  // of an H200
+
+// Parts of a row whose blocks are a cluster: as many as all GPUs that know these allow.
+constexpr int kMaxCluster = 8;
+
+// Whether so many rows' clusters of that size run at once, and do it well. The multiprocessors of a
+// cluster belong to one processing cluster, which has some even number of them: of an H200's, 30
+// clusters of 4 fit. Sizes other than powers of 2 fit but read slowly: 8192 keys of 32 heads take
+// 39 us in clusters of 3 and 34 in clusters of 2.
+constexpr bool fits_clusters(int64_t rows, int size) {
+  return size <= kMaxCluster && (size & (size - 1)) == 0 &&
+         rows * size <= kMultiprocessors - kProcessingClusters * (size - 2);
+}
 
 // Blocks that they hold at once, as shared memory allows for 16-bit keys, registers for bytes.
 constexpr int decode_slots(int head_dim, int column_tiles, int warps, int key_bytes = 2) {
   const int dims = key_bytes == 1 && column_tiles == 1 ? 2048 : 1536;  // of all warps' keys
   const int blocks = dims / (warps * std::max(head_dim, 128));
-  return kMultiprocessors * (column_tiles == 4 ? 2 : std::max(blocks, 1));
+  return kMultiprocessors * std::max(blocks, 1);
 }
 
 // A model of the time on an H200, in microseconds: waves of blocks at the memory's rate, what a
@@ -68,6 +84,25 @@ struct DecodeModel {
   }
 };
 
+// The same for blocks of kWideWarps: what they spend beside reading, beyond what others do, and the
+// rate of the memory or of a block. 1 row of 32 heads of 128, 16 bits (H200): 1 key 3.8 us; in
+// clusters of 2, 512 keys 6.2, 2048 keys 11.8, 8192 keys 34.
+struct WideModel {
+  static constexpr float kStart = 1.6f, kKey = 7.2e-3f;  // us; us of a block for a key of 128 dims
+  static constexpr float kClusterMerge = 0.8f;           // us
+
+  // dims: of a key and its value
+  static float time(int64_t rows, int splits, int64_t keys, int dims, int element_bytes,
+                    int64_t scratch_bytes) {
+    const float read = float(rows * keys) * dims * element_bytes / DecodeModel::kReadBytes;
+    const float block = float((keys + splits - 1) / splits) * kKey * dims / 256;
+    const float time = kStart + std::max(read, block);
+    if (splits == 1) return time;
+    if (fits_clusters(rows, splits)) return time + kClusterMerge;
+    return time + DecodeModel::kCombine + 2 * scratch_bytes / DecodeModel::kReadBytes;
+  }
+};
+
 constexpr int kMinSplitKeys = 64;  // two steps of each of two warps
 
 // Bytes of float32 partials and lse that `splits` splits need.
@@ -79,41 +114,52 @@ struct DecodeSplit {
   int warps, splits;
 };
 
-// What the model likes best for dense queries over a cache of full rows. key_bytes: of an element;
+// What the models like best for dense queries over a cache of full rows. key_bytes: of an element;
 // 0 for what only the general kernels read.
 inline DecodeSplit decode_split(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
                                 int head_dim_v, int64_t max_len_kv, int key_bytes) {
   constexpr int64_t kScratchBytes = 64 << 20;
+  constexpr float kLeast = 3;  // us: blocks of few warps never take less
   const int columns = heads_q / heads_kv * len_q, dim = std::max(head_dim, head_dim_v);
   const int tiles = decode_column_tiles(dim, columns);
   const int64_t blocks = int64_t(batch) * heads_kv * ((columns + tiles * 8 - 1) / (tiles * 8));
 
   DecodeSplit best{decode_warps(tiles), 1};
   float best_time = INFINITY;
-  const auto try_warps = [&](int warps, int slots, int block_keys, int64_t most_blocks) {
-    const DecodeModel model{slots, (head_dim + head_dim_v) * (key_bytes == 1 ? 1.f : 2.f),
-                            block_keys, warps * 32};
+  // time(splits, scratch bytes), for what there is place for
+  const auto try_warps = [&](int warps, int64_t most_blocks, auto time_of) {
     for (int splits = 1; splits <= kMaxSplits; ++splits) {
       const int64_t scratch =
           decode_scratch_bytes(splits, int64_t(batch) * len_q, heads_q, head_dim_v);
       if (splits > 1 && (max_len_kv < splits * kMinSplitKeys || scratch > kScratchBytes)) break;
       if (blocks * splits > most_blocks) break;
-      if (warps == kWideWarps && max_len_kv > splits * int64_t(kWideKeys) * key_bytes) continue;
-      const float time = model.time(float(blocks) * splits, float(blocks) * max_len_kv,
-                                    float(max_len_kv) / splits, float(scratch));
+      const float time = time_of(splits, scratch);
       if (time < 0.99f * best_time) {
         best = {warps, splits};
         best_time = time;
       }
     }
   };
+  const auto try_slots = [&](int slots, int64_t most_blocks) {
+    const int warps = decode_warps(tiles);
+    const DecodeModel model{slots, (head_dim + head_dim_v) * (key_bytes == 1 ? 1.f : 2.f), 20,
+                            warps * 32};
+    try_warps(warps, most_blocks, [&](int splits, int64_t scratch) {
+      const float time = model.time(float(blocks) * splits, float(blocks) * max_len_kv,
+                                    float(max_len_kv) / splits, float(scratch));
+      return std::max(time, kLeast);
+    });
+  };
   const int warps = decode_warps(tiles), slots = decode_slots(dim, tiles, warps);
   // one wave of bytes is best with no more blocks than for 16 bits: 16 x 32768 keys of 8 heads take
   // 272 us in 768 blocks and 280 in 1024 (H200)
-  if (key_bytes == 1) try_warps(warps, slots, 20, slots);
-  try_warps(warps, decode_slots(dim, tiles, warps, key_bytes), 20, INT64_MAX);
+  if (key_bytes == 1) try_slots(slots, slots);
+  try_slots(decode_slots(dim, tiles, warps, key_bytes), INT64_MAX);
   if (tiles == 1 && dim <= 128 && key_bytes > 0) {
-    try_warps(kWideWarps, kMultiprocessors, 120, kMultiprocessors);
+    try_warps(kWideWarps, kMultiprocessors, [&](int splits, int64_t scratch) {
+      if (max_len_kv > splits * wide_keys(key_bytes)) return INFINITY;
+      return WideModel::time(blocks, splits, max_len_kv, head_dim + head_dim_v, key_bytes, scratch);
+    });
   }
   return best;
 }
@@ -173,7 +219,7 @@ __host__ __device__ constexpr int parts_of(int steps, int part_steps) {
 
 // The first step of a part of `steps`; that of part `parts` is their end.
 __host__ __device__ constexpr int part_begin(int steps, int part, int parts) {
-  return int(int64_t(steps) * part / parts);
+  return steps / parts * part + steps % parts * part / parts;  // of 32 bits
 }
 
 }  // namespace jax_fa

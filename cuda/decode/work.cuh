@@ -15,10 +15,11 @@ struct Row {
   int64_t token0;
 
   Row() = default;
-  __device__ Row(const AttentionParams& p, int b)
+  __device__ Row(const AttentionParams& p, int b) : Row(p, b, row_len_kv(p, b)) {}
+  __device__ Row(const AttentionParams& p, int b, int len_kv)
       : b(b),
         len_q(kPacked ? row_len_q(p, b) : p.len_q),
-        len_kv(row_len_kv(p, b)),
+        len_kv(len_kv),
         token0(kPacked ? p.q_start[b] : int64_t(b) * p.len_q) {}
 
   __device__ IntervalMask mask(const AttentionParams& p) const {
@@ -55,29 +56,53 @@ struct Steps {
         end(any.hi <= any.lo ? begin : (any.hi + step_keys - 1) / step_keys) {}
 };
 
-// The keys that a block reads.
+// The keys that a block reads: each of its warps every `stride`-th step from one of the first on.
+// Parts that are not of consecutive steps start where they do whatever the row's length is.
+template <bool kConsecutive, int kWarps>
 struct Share {
   Interval any, all;  // keys that any, and that all, of the row's tokens see
-  int first_step, end_step;
+  int first_step, end_step, stride;
 
   __device__ Share(const IntervalMask& mask, int len_q, int step_keys, int part, int parts)
-      : any(mask.seen_by_any(0, len_q)), all(mask.seen_by_all(0, len_q)) {
+      : Share(mask.seen_by_any(0, len_q), mask.seen_by_all(0, len_q), step_keys, part, parts) {}
+  __device__ Share(Interval any, Interval all, int step_keys, int part, int parts)
+      : any(any), all(all) {
     const Steps steps(any, step_keys);
-    first_step = steps.begin + part_begin(steps.end - steps.begin, part, parts);
-    end_step = steps.begin + part_begin(steps.end - steps.begin, part + 1, parts);
+    if constexpr (kConsecutive) {
+      first_step = steps.begin + part_begin(steps.end - steps.begin, part, parts);
+      end_step = steps.begin + part_begin(steps.end - steps.begin, part + 1, parts);
+      stride = kWarps;
+    } else {
+      first_step = steps.begin + part * kWarps;
+      end_step = steps.end;
+      stride = parts * kWarps;
+    }
   }
 
   __device__ bool all_see(int key, int keys) const { return key >= all.lo && key + keys <= all.hi; }
 };
 
-// Column i of those of a row and key head: heads of the group vary fastest.
+// Query i of those of a row and key head: heads of the group vary fastest.
+struct Query {
+  int token, head;  // token -1: there is none
+};
+
 template <bool kPacked>
-__device__ Column make_column(const AttentionParams& p, const Row<kPacked>& row,
-                              const IntervalMask& mask, int head_kv, int i) {
-  const int heads_group = p.heads_q / p.heads_kv, token = i / heads_group;
-  if (token >= row.len_q) return {-1, 0, 0, {0, 0}};
-  const int head = head_kv * heads_group + i % heads_group;
-  return {token, head, mask.diagonal + token, {mask.lo(token), mask.hi(token)}};
+__device__ Query query_of(const Row<kPacked>& row, int head_kv, int heads_group, int i) {
+  const int token = __builtin_expect(i < heads_group, 1) ? 0 : uint32_t(i) / uint32_t(heads_group);
+  if (token >= row.len_q) return {-1, 0};
+  return {token, head_kv * heads_group + i - token * heads_group};
+}
+
+template <bool kPacked>
+__device__ Column make_column(const Row<kPacked>& row, const IntervalMask& mask, int head_kv,
+                              int heads_group, int i) {
+  const Query query = query_of(row, head_kv, heads_group, i);
+  if (query.token < 0) return {-1, 0, 0, {0, 0}};
+  return {query.token,
+          query.head,
+          mask.diagonal + query.token,
+          {mask.lo(query.token), mask.hi(query.token)}};
 }
 
 }  // namespace jax_fa::decode

@@ -52,6 +52,42 @@ __device__ __forceinline__ void barrier_wait(Barrier& barrier, int parity) {
       : "memory");
 }
 
+// Threads of a cluster that wait do so until all of them have arrived. Of what they wrote, that
+// says nothing but for initialized barriers.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where a block of the cluster, by its rank, has what this one has at `pointer`.
+__device__ __forceinline__ uint32_t cluster_address(const void* pointer, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+
+// Writes to such an address; the bytes count for a barrier of that block.
+__device__ __forceinline__ void store_cluster(uint32_t address, float x, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+          address),
+      "f"(x), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_cluster_v4(uint32_t address, float4 x, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(address),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+      : "memory");
+}
+
 // Starts the copy of a box of a tensor to shared memory; what lies outside the tensor becomes 0.
 __device__ __forceinline__ void tensor_load(void* dst, const CUtensorMap& map, int c0, int c1,
                                             int c2, int c3, Barrier& barrier) {
