@@ -44,6 +44,8 @@ def no_kernel(name, operands, static):
         return f"bias is {bias.dtype.name}; kernels take {', '.join(_KERNEL_FLOATS)}"
     if static.get("dropout_rate") and not k.dtype == v.dtype == q.dtype:
         return f"dropout over {k.dtype.name} keys; kernels have it for keys of q's dtype"
+    if static.get("dropout_rate") and q.dtype == np.float32 and name.endswith("_bwd"):
+        return "dropout in float32; gradients by kernels have it in float16 and bfloat16"
     return _no_scale_kernel(name, operands) or _no_grid(name, operands)
 
 
