@@ -39,13 +39,13 @@ def no_kernel(name, operands, static):
     if static.get("exact"):
         if reason := _no_exact_kernel(name, operands):
             return reason
+    elif static.get("dropout_rate") and q.dtype == np.float32 and name.endswith("_bwd"):
+        return "dropout in TF32; gradients by kernels have it in 16 bits and in exact float32"
     bias = operands.get("bias", q)
     if bias.dtype.name not in _KERNEL_FLOATS:
         return f"bias is {bias.dtype.name}; kernels take {', '.join(_KERNEL_FLOATS)}"
     if static.get("dropout_rate") and not k.dtype == v.dtype == q.dtype:
         return f"dropout over {k.dtype.name} keys; kernels have it for keys of q's dtype"
-    if static.get("dropout_rate") and q.dtype == np.float32 and name.endswith("_bwd"):
-        return "dropout in float32; gradients by kernels have it in float16 and bfloat16"
     return _no_scale_kernel(name, operands) or _no_grid(name, operands)
 
 

@@ -93,7 +93,7 @@ constexpr BwdTile bwd_bias_tile(int head_dim_tile, DType dtype) {
   return tile;
 }
 
-// Whether kernels have dropout: for float32 gradients with it go through XLA.
+// Whether kernels have dropout: with it, gradients in TF32 go through XLA.
 constexpr bool bwd_has_dropout(DType dtype) { return dtype != DType::kF32; }
 
 // Whether scores are more than a scaled product.
