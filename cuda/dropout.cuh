@@ -15,18 +15,21 @@
 
 namespace jax_fa {
 
+__device__ inline uint2 dropout_seeds(const AttentionParams& p, int b) {
+  const uint2 seeds = reinterpret_cast<const uint2*>(p.seeds)[b];
+  // known to be uniform
+  return {__shfl_sync(0xffffffff, seeds.x, 0), __shfl_sync(0xffffffff, seeds.y, 0)};
+}
+
 // What the calls of one head of one batch row have in common.
 struct Dropout {
   uint2 seeds;
   uint32_t head, keep;  // the limit
 
+  __device__ Dropout(const AttentionParams& p, uint2 seeds, int head)
+      : seeds(seeds), head(p.dropout_heads ? head : 0), keep(p.dropout_keep) {}
   __device__ Dropout(const AttentionParams& p, int b, int head)
-      : seeds(reinterpret_cast<const uint2*>(p.seeds)[b]),
-        head(p.dropout_heads ? head : 0),
-        keep(p.dropout_keep) {
-    seeds.x = __shfl_sync(0xffffffff, seeds.x, 0);  // known to be uniform
-    seeds.y = __shfl_sync(0xffffffff, seeds.y, 0);
-  }
+      : Dropout(p, dropout_seeds(p, b), head) {}
 };
 
 // A bit for each score of a warp's [16 * kMTiles, 8 * kNTiles] that a lane holds: it survives. Of
@@ -37,7 +40,6 @@ template <int kMTiles, int kNTiles>
 class Survivors {
   static constexpr int kCalls = kMTiles * kNTiles / 2, kWords = (kCalls + 3) / 4;
   static_assert(kNTiles % 2 == 0);
-  uint32_t words[kWords];
 
  public:
   // Rows are queries and columns are keys, or kOwnsKeys the other way round, from row0 and col0 on.
@@ -77,6 +79,8 @@ class Survivors {
   }
 
  private:
+  uint32_t words[kWords];
+
   template <bool kOwnsKeys, int kWord>
   __device__ void draw_words(const Dropout& dropout, int row0, int col0) {
     constexpr int kFirst = kWord * 4, kCount = kCalls - kFirst < 4 ? kCalls - kFirst : 4;

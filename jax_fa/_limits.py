@@ -39,6 +39,8 @@ def no_kernel(name, operands, static):
     if static.get("exact"):
         if reason := _no_exact_kernel(name, operands):
             return reason
+    elif static.get("dropout_rate") and q.dtype == np.float32 and name.endswith("_bwd"):
+        return "dropout in TF32; gradients by kernels have it in 16 bits and in exact float32"
     bias = operands.get("bias", q)
     if bias.dtype.name not in _KERNEL_FLOATS:
         return f"bias is {bias.dtype.name}; kernels take {', '.join(_KERNEL_FLOATS)}"

@@ -298,6 +298,17 @@ def test_dropout_over_quantized_keys_says_why():
         quantized(KV, (2, 2, 128, 1), lambda k: jax_fa.flash_attention(q, k, k, **options))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gradients_with_dropout_have_kernels_for_16_bits(dtype):
+    options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
+
+    def loss(q, k, v):
+        return jax_fa.flash_attention(q, k, v, **options).astype(jnp.float32).sum()
+
+    found = calls(lower(jax.grad(loss), *avals(Q, KV, KV, dtype=dtype)))
+    assert found == ["jax_fa_fwd"] + ["jax_fa_fwd_bwd"] * (dtype == jnp.bfloat16)
+
+
 def test_more_rows_than_a_grid_has_say_why():
     q, k = avals((65536, 1, 8, 64), (1, 64, 2, 64))
     lengths = jax.ShapeDtypeStruct((65536,), jnp.int32)

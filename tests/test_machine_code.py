@@ -82,11 +82,13 @@ def _products(instructions):
 
 
 def _draws_under_products(instructions):
-    """Whether every long run of wide products comes after a matrix product, before its wait."""
+    """Whether dropout's long runs of wide products lie between matrix products and their wait."""
     marks = {"HGMMA": "p", "WARPGROUP.DEPBAR": "w", "IMAD.WIDE.U32": "d"}
-    order = "".join(
-        marks.get(re.match(r"HGMMA|[\w.]*\w", name)[0], "") for _, name, _ in instructions
-    )
+
+    def mark(name):
+        return next((marks[start] for start in marks if name.startswith(start)), "")
+
+    order = "".join(mark(name) for _, name, _ in instructions)
     draws = list(re.finditer("d{30,}", order))
     return draws and all(order[d.start() - 1] == "p" and order[d.end()] == "w" for d in draws)
 

@@ -294,8 +294,10 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream) {
   using Tile = BiasTraits<kHeadDim, kDType>;
-  return params.fwd.seeds ? launch<Tile, Dropped<GeneralScore>>(params, stream)
-                          : launch<Tile, GeneralScore>(params, stream);
+  if constexpr (bwd_has_dropout(kDType)) {
+    if (params.fwd.seeds) return launch<Tile, Dropped<GeneralScore>>(params, stream);
+  }
+  return launch<Tile, GeneralScore>(params, stream);
 }
 
 template cudaError_t launch_bwd_bias_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(

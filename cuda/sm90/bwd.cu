@@ -28,6 +28,9 @@
 // that dv and dk need. p stays in 16 bits, also on the way to ds. What limits the tile is
 // registers: dk, dv, one of s and dp, p and ds are 192 of 208 at head_dim 64 and 128.
 //
+// With dropout, what survives is drawn while s is made. p loses the rest after ds, which needs it
+// whole, and then dv += p dO comes beside dk.
+//
 // Barriers come in pairs, `full` and `empty`, for keys, values, each buffer of queries, of ds, of
 // terms of dq and of descriptions of work.
 #include "../dropout.cuh"
@@ -63,7 +66,8 @@ struct KeyConsumer {
   float s[kBlockN / 2], dp[kBlockN / 2];
   uint32_t p[kBlockN / 4], ds[kBlockN / 4];
   uint32_t slope[Score::kHasSlope ? kBlockN / 4 : 1];  // p times the score's derivative
-  Survivors<1, kBlockN / 8> survivors;                 // unused without dropout
+  Survivors<1, kBlockN / 8> survivors;                 // unused without dropout, as are the seeds
+  uint2 seeds;
 
   __device__ KeyConsumer(const HopperBwdParams& params, Storage& shared)
       : hopper(params), shared(shared) {}
@@ -135,12 +139,12 @@ struct KeyConsumer {
     return {max(seen.lo, INT_MIN / 2) - offset, {len > 0 ? hi : INT_MIN, len > 8 ? hi : INT_MIN}};
   }
 
-  // What survives of a tile of scores: while their product runs.
+  // What survives of a tile of scores: while their product runs. H200: while those of dk and dv of
+  // the tile before do, it takes longer (head_dim 64, T = 8k: 12 %).
   __device__ void draw(int head, int row0) {
     if constexpr (Traits::kDropout) {
-      const KeyWork& work = this->work();
-      survivors.template draw<true>(Dropout(params.fwd, work.b, head),
-                                    work.keys.row0 + row - lane / 4, row0);
+      survivors.template draw<true>(Dropout(params.fwd, seeds, head),
+                                    work().keys.row0 + row - lane / 4, row0);
     }
   }
 
@@ -310,6 +314,7 @@ struct KeyConsumer {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
       const Ring<Storage::kKeyBuffers> k_ring{works.count};
+      if constexpr (Traits::kDropout) seeds = dropout_seeds(params.fwd, work().b);
       ptx::barrier_wait(shared.k_full[k_ring.at()], k_ring.parity());
       for_each_step<Traits>(work(), [&](int head, int row0) { step(head, row0); });
       // Values are waited for also where all steps were skipped: else they could be given back for

@@ -76,7 +76,8 @@ struct Consumer {
   int begin;            // the last one to come
   Interval all;         // keys that all of the warpgroup's queries see
   OnlineSoftmax<1, 8> softmax;
-  Survivors<1, kBlockN / 8> survivors;  // unused without dropout
+  Survivors<1, kBlockN / 8> survivors;  // unused without dropout, as are the seeds
+  uint2 seeds;
   float s[1][kBlockN / 8][4];
   uint32_t p[kBlockN / 4];
   float o[kHeadDimV / 2];
@@ -192,7 +193,7 @@ struct Consumer {
   __device__ void draw(int tile_of_keys) {
     if constexpr (Traits::kDropout) {
       const QueryTile& q = tile().q;
-      survivors.template draw<false>(Dropout(params, max(q.b, 0), q.head),
+      survivors.template draw<false>(Dropout(params, seeds, q.head),
                                      q.row0 + consumer * 64 + row - lane / 4,
                                      tile_of_keys * kBlockN);
     }
@@ -232,6 +233,7 @@ struct Consumer {
     n = tile.end - 1;
     begin = tile.begin;
     softmax = {};
+    if constexpr (Traits::kDropout) seeds = dropout_seeds(params, max(tile.q.b, 0));
 #pragma unroll
     for (float& x : o) x = 0.f;
 
