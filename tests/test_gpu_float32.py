@@ -26,10 +26,13 @@ def exact(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 128, 160, 256])
+DIMS = [*((dim, dim) for dim in (8, 40, 64, 72, 128, 160, 256)), (64, 128), (192, 72)]
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_head_dims(head_dim, causal, rng):
-    shape = cases.Shape(1, 113, 217, 4, 2, head_dim)
+def test_head_dims(dims, causal, rng):
+    shape = cases.Shape(1, 113, 217, 4, 2, *dims)
     gpu.check_dense(shape, "float32", {"causal": causal}, rng)
     gradients.check_dense(shape, "float32", {"causal": causal}, rng)
 
