@@ -45,6 +45,7 @@ def test_prefill(dtype, dims, causal, rng):
     [
         ("causal", "softcap"), ("bias", "sinks"), ("window", "alibi", "kv_lengths"),
         ("scale", "causal", "q_lengths", "kv_lengths", "sinks"), ("window", "softcap", "alibi"),
+        ("causal", "dropout"),
     ],
     ids="-".join,
 )  # fmt: skip

@@ -205,9 +205,12 @@ def test_values_of_another_head_dim(dims, dtype, deterministic, rng):
 
 @pytest.mark.parametrize(
     "names",
-    [("causal", "softcap"), ("bias", "sinks"), ("window", "alibi", "q_lengths", "kv_lengths")],
+    [
+        ("causal", "softcap"), ("bias", "sinks"), ("window", "alibi", "q_lengths", "kv_lengths"),
+        ("causal", "dropout"),
+    ],
     ids="-".join,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("dims", [(64, 128), (128, 64), (192, 128)], ids=str)
 def test_features_with_values_of_another_head_dim(dims, names, rng):
     shape = cases.Shape(3, 113, 139, 6, 2, *dims)

@@ -22,7 +22,8 @@ KINDS = [
 DTYPES = {"float16": 0, "bfloat16": 1}  # DType
 # Tiles of keys and of values, and what has instances on them.
 FORWARD = [(dim, dim, kind) for dim in _jax_fa.head_dims if dim <= 256 for kind in KINDS]
-FORWARD += [(192, 128, kind) for kind in KINDS[:3] if 192 in _jax_fa.head_dims]
+if 192 in _jax_fa.head_dims:
+    FORWARD += [(192, 128, kind) for kind in KINDS if not kind.startswith("quantized")]
 
 
 def _cuobjdump():
