@@ -21,7 +21,12 @@ KINDS = [
 ]  # FwdClass, in its order
 DTYPES = {"float16": 0, "bfloat16": 1}  # DType
 # Tiles of keys and of values, and what has instances on them.
-FORWARD = [(dim, dim, kind) for dim in _jax_fa.head_dims if dim <= 256 for kind in KINDS]
+FORWARD = [
+    (dim, dim, kind)
+    for dim in _jax_fa.head_dims
+    for kind in KINDS
+    if dim <= (192 if kind == "dropout" else 256)
+]
 if 192 in _jax_fa.head_dims:
     FORWARD += [(192, 128, kind) for kind in KINDS if not kind.startswith("quantized")]
 

@@ -76,8 +76,7 @@ struct Consumer {
   int begin;            // the last one to come
   Interval all;         // keys that all of the warpgroup's queries see
   OnlineSoftmax<1, 8> softmax;
-  Survivors<1, kBlockN / 8> survivors;  // unused without dropout, as are the seeds
-  uint2 seeds;
+  Survivors<1, kBlockN / 8> survivors;  // unused without dropout
   float s[1][kBlockN / 8][4];
   uint32_t p[kBlockN / 4];
   float o[kHeadDimV / 2];
@@ -193,7 +192,7 @@ struct Consumer {
   __device__ void draw(int tile_of_keys) {
     if constexpr (Traits::kDropout) {
       const QueryTile& q = tile().q;
-      survivors.template draw<false>(Dropout(params, seeds, q.head),
+      survivors.template draw<false>(Dropout(params, max(q.b, 0), q.head),
                                      q.row0 + consumer * 64 + row - lane / 4,
                                      tile_of_keys * kBlockN);
     }
@@ -233,7 +232,6 @@ struct Consumer {
     n = tile.end - 1;
     begin = tile.begin;
     softmax = {};
-    if constexpr (Traits::kDropout) seeds = dropout_seeds(params, max(tile.q.b, 0));
 #pragma unroll
     for (float& x : o) x = 0.f;
 
@@ -515,7 +513,10 @@ cudaError_t launch_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
     case FwdClass::kQuantizedGeneral:
       return run.template operator()<FwdClass::kQuantizedGeneral>();
     case FwdClass::kDropout:
-      return run.template operator()<FwdClass::kDropout>();
+      if constexpr (fwd_sm90_has_dropout(kHeadDim)) {
+        return run.template operator()<FwdClass::kDropout>();
+      }
+      return cudaErrorNotSupported;
     default:
       return run.template operator()<FwdClass::kGeneral>();
   }
