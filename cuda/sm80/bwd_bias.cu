@@ -9,6 +9,7 @@
 #include "bwd_scores.cuh"
 
 namespace jax_fa {
+namespace {
 
 template <int kDim, DType kType>
 using BiasTraits = BwdTraits<kDim, kType, false, bwd_bias_tile(kDim, kType)>;
@@ -290,6 +291,8 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
   kernel<<<unsigned(blocks), Tile::kThreads, kBytes, stream>>>(params);
   return cudaGetLastError();
 }
+
+}  // namespace
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream) {

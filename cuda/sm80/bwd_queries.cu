@@ -14,6 +14,7 @@
 #include "store.cuh"
 
 namespace jax_fa {
+namespace {
 
 template <int kDim, DType kType, bool kGeneral>
 using QueryTraits = BwdTraits<kDim, kType, false, bwd_queries_tile(kDim, kType, kGeneral)>;
@@ -181,6 +182,8 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
   kernel<<<blocks, Traits::kThreads, kBytes, stream>>>(params);
   return cudaGetLastError();
 }
+
+}  // namespace
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t stream) {
