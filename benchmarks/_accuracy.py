@@ -262,6 +262,7 @@ def generate_part(model, tokenizer, count=128):
         for prompt, x, y in zip(PROMPTS, answers[dtype], answers["bfloat16"], strict=True):
             differ = np.flatnonzero(np.not_equal(x, y))
             first = int(differ[0]) if len(differ) else None
-            row = {"dtype": dtype, "prompt": prompt, "tokens": len(x), "differ": len(differ)}
+            cache = Cache(dtype, "head" if dtype in _LARGEST else None, None)
+            row = {**cache._asdict(), "prompt": prompt, "tokens": len(x), "differ": len(differ)}
             rows.append(row | {"first": first, "text": tokenizer.decode(x)})
     return rows

@@ -101,7 +101,7 @@ cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t st
     if (status == cudaSuccess) status = with_tile(tile_dim_of(p.fwd), launch);
   };
 #if JAX_FA_SM90
-  if (runs_hopper_backward(p, tile_dim_of(p.fwd), current_capability())) {
+  if (p.dq_sum && runs_hopper_backward(p, tile_dim_of(p.fwd), current_capability())) {
     then([&]<int kDim>() {
       if constexpr (bwd_sm90_has_tile(kDim, kDType))
         return launch_bwd_sm90<kDim, kDType>(p, stream);
@@ -239,7 +239,7 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   const int tile_dim = tile_dim_of(p.fwd);
   const bool general = bwd_general(p.fwd) || p.fwd.seeds;
   const int stages = bwd_shared_stages(tile_dim, general, shared_bytes);
-  const bool hopper = runs_hopper_backward(p, tile_dim, current_capability());
+  const bool hopper = p.dq_sum && runs_hopper_backward(p, tile_dim, current_capability());
   const bool sums = !p.deterministic && sums_dq(tile_dim, p.fwd.dtype, general, shared_bytes);
   if (!hopper && !sums) p.dq_sum = nullptr;
   switch (p.fwd.dtype) {
@@ -254,7 +254,7 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
 
 Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv,
                       int head_dim, int head_dim_v, int element_bytes, bool deterministic,
-                      int shared_kb, const PlanOptions& options) {
+                      const PlanOptions& options) {
   using enum KeyGradients;
   const DType dtype = element_bytes == 4 ? DType::kF32 : DType::kBF16;
   const int tile_dim = tile_dim_of(head_dim, head_dim_v);
@@ -282,10 +282,10 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
     return {"sm90/bwd", tile.n, tile.m, tile_dim, tile.warps, 1, std::min(options.sms, tiles)};
   }
   const bool general = options.general || options.bias || options.dropout;
-  const bool with_dq = !deterministic && sums_dq(tile_dim, dtype, general, shared_kb << 10);
+  const bool with_dq = !deterministic && sums_dq(tile_dim, dtype, general, options.shared_kb << 10);
   const bool shares = with_dq && bwd_shares_scores(tile_dim);
   const KeyGradients grads = with_dq ? kBothAndDq : bwd_splits_keys(tile_dim) ? kDk : kBoth;
-  const int stages = bwd_shared_stages(tile_dim, general, shared_kb << 10);
+  const int stages = bwd_shared_stages(tile_dim, general, options.shared_kb << 10);
   const BwdTile tile = shares ? bwd_shared_tile(tile_dim, general, stages)
                               : bwd_keys_tile(tile_dim, dtype, general, grads);
   return {shares    ? "sm80/bwd_shared"
@@ -309,9 +309,14 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   const int tile_dim = tile_dim_of(head_dim, head_dim_v);
   if (runs_decode_kernel(op, dtype, len_q, tile_dim)) {
     const int columns = heads_q / heads_kv * len_q;
-    const int column_tiles = decode_column_tiles(tile_dim, columns), tile = column_tiles * 8;
-    const DecodeSplit split =
+    int column_tiles = decode_column_tiles(tile_dim, columns);
+    DecodeSplit split =
         decode_split(batch, len_q, heads_q, heads_kv, head_dim, head_dim_v, max_len_kv, kv_bytes);
+    while (decode_shared_kb(tile_dim, column_tiles, split.warps) > options.shared_kb) {
+      if (split.warps != kWideWarps || column_tiles > 1) column_tiles /= 2;
+      split.warps = decode_warps(column_tiles);
+    }
+    const int tile = column_tiles * 8;
     return {"decode",
             tile,
             decode_step_keys(tile_dim, column_tiles, kv_bytes == 1),

@@ -36,7 +36,8 @@ struct PlanOptions {
   int page_size;   // 0: contiguous keys
   int capability;  // of the device, 10 * major + minor
   int64_t sms;
-  bool exact;  // float32 without TF32
+  bool exact;     // float32 without TF32
+  int shared_kb;  // of shared memory that a block can have
 };
 
 // The plan of an operation ("prefill", "decode", "hybrid") on static shapes; total_q counts packed
@@ -54,11 +55,10 @@ bool runs_hopper(int capability);
 int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int head_dim_v,
                     int element_bytes, bool deterministic);
 
-// The plan of a backward call on a GPU whose blocks have that much shared memory: the kernel that
-// owns keys. Packed queries have len_kv keys in all.
+// The plan of a backward call: the kernel that owns keys. Packed queries have len_kv keys in all.
 Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv,
                       int head_dim, int head_dim_v, int element_bytes, bool deterministic,
-                      int shared_kb, const PlanOptions& options);
+                      const PlanOptions& options);
 
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream);
 

@@ -155,12 +155,10 @@ def _explain(eqn, count, peak):
         plan["kernel"] = "none" if reason.startswith("no kernel") else "reference"
     elif name in BACKWARD:
         shape = _backward_shape(name, x, static)
-        plan = _jax_fa.plan_backward(
-            **shape, shared_kb=peak.shared_kb, capability=peak.capability, sms=peak.sms
-        )
+        plan = _jax_fa.plan_backward(**shape, **_limits_of(peak))
     elif name in _OPERATION:
         shape = _plan_shape(name, x, static)
-        plan = _jax_fa.plan(_OPERATION[name], **shape, capability=peak.capability, sms=peak.sms)
+        plan = _jax_fa.plan(_OPERATION[name], **shape, **_limits_of(peak))
     roofline = math.nan
     if peak is not None:
         rate = peak.tflops_tf32 if x["k"].dtype == np.float32 else peak.tflops
@@ -170,6 +168,10 @@ def _explain(eqn, count, peak):
         name, count, plan["kernel"], reason, plan["tile"], plan["warps"], plan["splits"],
         plan["blocks"], flops, moved, roofline,
     )  # fmt: skip
+
+
+def _limits_of(peak):
+    return {"capability": peak.capability, "sms": peak.sms, "shared_kb": peak.shared_kb}
 
 
 def _why_reference(name, x, static, implementation, peak):

@@ -85,6 +85,7 @@ def plan(
     capability: int,
     sms: int,
     exact: bool,
+    shared_kb: int,
 ) -> dict[str, object]: ...
 def plan_backward(
     *,
@@ -98,7 +99,6 @@ def plan_backward(
     head_dim_v: int,
     element_bytes: int,
     deterministic: bool,
-    shared_kb: int,
     general: bool,
     bias: bool,
     masked: bool,
@@ -106,4 +106,5 @@ def plan_backward(
     capability: int,
     sms: int,
     exact: bool,
+    shared_kb: int,
 ) -> dict[str, object]: ...

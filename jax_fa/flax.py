@@ -1,5 +1,6 @@
 """Flax: an `attention_fn` for linen and nnx, and an NNX attention layer over a real cache."""
 
+import contextlib
 import functools as ft
 import math
 
@@ -60,8 +61,8 @@ def attention_fn(
       dropout_rate: Share of the weights that are dropped unless `deterministic`.
       deterministic: Turns dropout off.
       dtype: Computes in this dtype. Default: that of the inputs.
-      precision: Of the products. 16-bit inputs accumulate in float32 whatever it is. For float32
-        inputs "high" and "highest" take the reference, because the kernels round to TF32.
+      precision: Of the products, for float32 inputs: "highest" rounds none of them to TF32. None:
+        `jax.default_matmul_precision`. 16-bit inputs accumulate in float32 whatever it is.
       module: Must be None: the weights, which it would sow, are never formed.
       promote_dtype: Takes `(query, key, value)` and `dtype=`; replaces the cast to `dtype`.
       is_causal: Whether query i sees only keys j <= i (top-left, as in `jax.nn`).
@@ -112,17 +113,17 @@ def attention_fn(
         if bias is not None and bias.shape[-1] > 1:
             bias = bias[..., :len_q]
         window = (None, len_q - k.shape[1])
-    out = flash_attention(
-        q,
-        k,
-        v,
-        window=window,
-        bias=bias,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        broadcast_dropout=broadcast_dropout,
-        implementation="reference" if _needs_reference(precision, q.dtype) else None,
-    )
+    with _matmul_precision(precision):
+        out = flash_attention(
+            q,
+            k,
+            v,
+            window=window,
+            bias=bias,
+            dropout_rate=dropout_rate,
+            dropout_rng=dropout_rng,
+            broadcast_dropout=broadcast_dropout,
+        )
     return out.reshape(*batch, *out.shape[1:])
 
 
@@ -369,10 +370,13 @@ def _flatten_batch(x, batch):
     return x.reshape(-1, *x.shape[-3:])
 
 
-def _needs_reference(precision, dtype):
-    """Whether float32 products must be more exact than the kernels' TF32."""
+def _matmul_precision(precision):
+    """The context in which products have a `precision` as `jax.lax.dot_general` takes it."""
+    if precision is None:
+        return contextlib.nullcontext()
     parts = precision if isinstance(precision, (tuple, list)) else (precision,)
-    return dtype == jnp.float32 and any(str(part).lower() not in _FAST for part in parts)
+    exact = any(str(part).lower() in _EXACT for part in parts)
+    return jax.default_matmul_precision("highest" if exact else "tensorfloat32")
 
 
-_FAST = ("none", "default", "fastest", "bfloat16", "tensorfloat32")
+_EXACT = ("highest", "float32", "f32_f32_f32")

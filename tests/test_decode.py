@@ -112,6 +112,14 @@ def test_hybrid_split_size_is_a_parameter_of_the_result_only(rng):
     check(actual, reference.hybrid(q, k, v, cu, cache.lengths))
 
 
+def test_hybrid_of_more_tiles_than_run_at_once(rng):
+    """47 tokens are five tiles of 16, of which four run at once; 43 more are padding."""
+    cache, (k, v) = filled(rng, "contiguous", [24, 9, 20])
+    cu, q = cases.cu_seqlens([24, 3, 20]), cases.normal(rng, 90, 4, DIM)
+    actual = jax_fa.hybrid_attention(q, cache.k, cache.v, cu, cache.lengths, return_lse=True)
+    check(actual, reference.hybrid(q, k, v, cu, cache.lengths))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_decode_dtypes(dtype, rng):
     cache, (k, v) = filled(rng, "contiguous", [17, 1, 24], dtype=dtype)

@@ -141,17 +141,23 @@ def test_dtype_of_the_computation(dtype):
     assert out.dtype == dtype
 
 
-@pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGH, ("default", "high")])
-def test_precision_of_float32_beyond_the_kernels_takes_the_reference(precision):
+@pytest.mark.parametrize(
+    "precision, exact",
+    [
+        ("highest", True), (jax.lax.Precision.HIGHEST, True), (("default", "highest"), True),
+        ("float32", True), ("default", False), (jax.lax.Precision.HIGH, False),
+    ],
+)  # fmt: skip
+def test_precision_decides_on_products_of_float32(precision, exact):
     q = normal(BATCH, LEN, HEADS, 8)
 
-    def reference(q, **options):
-        text = str(jax.make_jaxpr(lambda q: attention_fn(q, q, q, **options))(q))
-        return "implementation=reference" in text
+    def is_exact(q, **options):
+        return "exact=True" in str(jax.make_jaxpr(lambda q: attention_fn(q, q, q, **options))(q))
 
-    assert reference(q, precision=precision)
-    assert not reference(q) and not reference(q, precision="default")
-    assert not reference(q.astype(jnp.bfloat16), precision=precision)
+    assert is_exact(q, precision=precision) == exact
+    assert not is_exact(q) and not is_exact(q.astype(jnp.bfloat16), precision=precision)
+    with jax.default_matmul_precision("highest"):
+        assert is_exact(q) and is_exact(q, precision=precision) == exact
 
 
 def weights(batch=BATCH, **options):

@@ -328,6 +328,23 @@ def test_explain_of_a_gradient_names_its_kernels():
     assert kernels(jnp.bfloat16, "h200", bias=bias) == ["sm80/fwd", "sm80/bwd_keys"]
 
 
+@pytest.mark.parametrize(
+    "device, len_q, head_dim, tile, warps",
+    [
+        ("h200", 1, 128, (8, 16, 128), 8), ("a100", 1, 128, (8, 16, 128), 2),
+        ("l40s", 1, 128, (8, 16, 128), 2), ("h200", 8, 128, (32, 16, 128), 8),
+        ("a100", 8, 128, (16, 16, 128), 4), ("a100", 4, 256, (16, 16, 256), 4),
+        ("l40s", 4, 256, (8, 16, 256), 2),
+    ],
+)  # fmt: skip
+def test_blocks_of_decode_fit_shared_memory(device, len_q, head_dim, tile, warps):
+    q = jax.ShapeDtypeStruct((1, len_q, 32, head_dim), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 1024, 8, head_dim), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    (call,) = jax_fa.explain(jax_fa.decode_attention, q, k, k, lengths, device=device)
+    assert (call.tile, call.warps) == (tile, warps)
+
+
 def test_explain_of_exact_float32_names_its_kernels():
     q = jax.ShapeDtypeStruct((1, 64, 2, 128), jnp.float32)
 

@@ -323,10 +323,12 @@ def test_interrupted_steps_give_all_pages_back():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-def test_tokens_are_those_of_each_alone_on_the_gpu(kv_dtype):
+@pytest.mark.parametrize(
+    "dtype, kv_dtype", [("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float32", None)]
+)
+def test_tokens_are_those_of_each_alone_on_the_gpu(dtype, kv_dtype):
     """Tokens drawn at random show other bits more often than the likeliest ones."""
-    model = small_model(head_dim=64, dtype="bfloat16")
+    model = small_model(head_dim=64, dtype=dtype)
     requests = small_requests(max_tokens=30)
     sampling = demo.Sampling(temperature=1.0)
     sizes = demo.Sizes.fit(requests, 5, 32, 16)

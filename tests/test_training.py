@@ -5,6 +5,7 @@ import functools as ft
 import inspect
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -50,6 +51,16 @@ def runs(text):
 
 def create():
     return _training.create(SMALL, "jax_fa", _training.create_optimizer(1), 0)
+
+
+def test_the_peer_is_not_ours():
+    def attends(attention):
+        state = _training.create(SMALL, attention, _training.create_optimizer(1), 0)
+        tokens = jnp.zeros((1, 9), jnp.int32)
+        jaxpr = jax.make_jaxpr(lambda model: _training.loss_of(model, tokens))(state.model)
+        return "jax_fa_" in str(jaxpr)
+
+    assert attends("jax_fa") and not attends("xla")
 
 
 def gap(x, y):

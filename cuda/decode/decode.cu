@@ -359,15 +359,30 @@ cudaError_t launch_one(const AttentionParams& p, const SplitScratch& scratch, cu
   return p.q_start ? launch_packed<T>(p, scratch, stream) : launch_dense<T>(p, scratch, stream);
 }
 
+// Whether a block of the current GPU has the shared memory.
+template <typename T>
+bool has_room(int most_bytes) {
+  constexpr int kBytes = decode_shared_kb(T::kHeadDim, T::kColumnTiles, T::kWarps) << 10;
+  static_assert(sizeof(SharedStorage<T>) <= kBytes);
+  return kBytes <= most_bytes;
+}
+
 template <int kHeadDim, DType kDType, typename KeyFormat, typename ValueFormat>
 cudaError_t launch_columns(const AttentionParams& p, const SplitScratch& scratch,
                            cudaStream_t stream) {
   using One = Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 1>;
   using Two = Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 2>;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error != cudaSuccess) return error;
   const int heads_group = p.heads_q / p.heads_kv;
   if (p.q_start) {
-    return packed_column_tiles(heads_group) == 1 ? launch_packed<One>(p, scratch, stream)
-                                                 : launch_packed<Two>(p, scratch, stream);
+    return packed_column_tiles(heads_group) == 1 || !has_room<Two>(most)
+               ? launch_packed<One>(p, scratch, stream)
+               : launch_packed<Two>(p, scratch, stream);
   }
   const int tiles = decode_column_tiles(kHeadDim, heads_group * p.len_q);
   if constexpr (kHeadDim <= 128) {
@@ -376,10 +391,13 @@ cudaError_t launch_columns(const AttentionParams& p, const SplitScratch& scratch
     const DecodeSplit split =
         decode_split(p.batch, p.len_q, p.heads_q, p.heads_kv, p.head_dim, p.head_dim_v, p.kv.len_kv,
                      KeyFormat::kBytes / KeyFormat::kElements);
-    if (tiles == 4) return launch_dense<Four>(p, scratch, stream);
-    if (split.warps == kWideWarps) return launch_dense<Wide>(p, scratch, stream);
+    if (tiles == 4 && has_room<Four>(most)) return launch_dense<Four>(p, scratch, stream);
+    if (tiles == 1 && split.warps == kWideWarps && has_room<Wide>(most)) {
+      return launch_dense<Wide>(p, scratch, stream);
+    }
   }
-  return tiles == 1 ? launch_dense<One>(p, scratch, stream) : launch_dense<Two>(p, scratch, stream);
+  return tiles == 1 || !has_room<Two>(most) ? launch_dense<One>(p, scratch, stream)
+                                            : launch_dense<Two>(p, scratch, stream);
 }
 
 // Whether all rows of x are aligned for copies of `bytes`.

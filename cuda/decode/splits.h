@@ -31,6 +31,13 @@ constexpr int decode_warps(int column_tiles) {
   return column_tiles == 1 ? 2 : column_tiles == 2 ? 4 : kWideWarps;
 }
 
+// KiB of shared memory that a GPU must give such a block. Those with less take fewer columns or
+// warps, which are right for any number of splits.
+constexpr int decode_shared_kb(int head_dim, int column_tiles, int warps) {
+  if (warps == kWideWarps) return 227;
+  return column_tiles > 1 && head_dim > 128 ? 163 : 99;
+}
+
 // Keys of a step of a warp: an mma tile of 16, or two where one would be less than 4 KB of 16-bit
 // elements.
 constexpr int decode_step_keys(int head_dim, int column_tiles, bool byte_keys) {

@@ -400,8 +400,8 @@ struct TermConsumer {
       const Ring<Storage::kKeyBuffers> k_ring{works.count};
       ptx::barrier_wait(shared.k_full[k_ring.at()], k_ring.parity());
       for_each_step<Traits>(work, [&](int, int row0) { step(work, row0, k_ring.at()); });
+      __syncwarp();  // all lanes have waited for the keys and read the work
       if (lane == 0) ptx::barrier_arrive(shared.k_empty[k_ring.at()]);
-      __syncwarp();  // all lanes have read the work
       if (lane == 0) ptx::barrier_arrive(shared.work_empty[works.at()]);
     }
   }
@@ -472,7 +472,8 @@ cudaError_t launch_keys(HopperBwdParams& params, int* next_tile, cudaStream_t st
   error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   const int blocks = std::min(sms, params.order.total);
-  if (params.order.longest_first && params.order.total > blocks) params.next_tile = next_tile;
+  const bool taken = params.order.longest_first && params.order.total > blocks;
+  if (taken || params.turns) params.next_tile = next_tile;
   constexpr int kBytes = sizeof(HopperBwdStorage<Traits>);
   static_assert(kBytes <= 227 * 1024, "an SM's shared memory");
   const auto kernel = bwd_sm90<Traits>;

@@ -19,7 +19,9 @@ struct KeyScheduler {
   WorkRing ring = {}, oldest = {};  // the next to publish, and the oldest that was not waited for
 
   __device__ void run() {
-    for (int i = blockIdx.x; i < params.order.total; i = next(i)) {
+    // With turns the first one is taken too: a block then waits only for what runs or is done,
+    // however many blocks there is room for.
+    for (int i = params.turns ? take() : blockIdx.x; i < params.order.total; i = next(i)) {
       const HopperOrder::Place place = params.order(i);
       // The order begins with the last tile, but causal masks leave most queries to the first keys.
       const int tile =
@@ -36,9 +38,13 @@ struct KeyScheduler {
     for (; ring.count - oldest.count >= Storage::kWorksTaken; oldest.advance()) {
       ptx::barrier_wait(shared.work_empty[oldest.at()], oldest.parity());
     }
+    return take() + (params.turns ? 0 : gridDim.x);
+  }
+
+  __device__ int take() {
     int taken = 0;
     if (lane == 0) taken = atomicAdd(params.next_tile, 1);
-    return gridDim.x + __shfl_sync(0xffffffff, taken, 0);
+    return __shfl_sync(0xffffffff, taken, 0);
   }
 
   __device__ void publish(const KeyTile& keys) {

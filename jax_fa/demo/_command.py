@@ -115,7 +115,7 @@ def read_prompts(path):
     """
     path = pathlib.Path(path)
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         line = line.strip()
         if not line:
             continue

@@ -69,10 +69,11 @@ class MLP(nnx.Module):
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _look_up(dtype, table, tokens):
-    """Rows `[B, T, features]` of a table `[vocab_size, features]`, in `dtype`.
+    """Rows `[..., T, features]` of a table `[vocab_size, features]`, in `dtype`.
 
     Its gradient is a product that sums in float32: XLA's scatter-add of many tokens to few rows
-    takes most of a step on a GPU (https://github.com/jax-ml/jax/issues/38806).
+    takes most of a step on a GPU (https://github.com/jax-ml/jax/issues/38806). It costs as much as
+    the logits do, which is little beside the rest where the vocabulary is small.
     """
     return table[tokens].astype(dtype)
 
@@ -85,7 +86,10 @@ def _look_up_fwd(dtype, table, tokens):
 def _look_up_bwd(dtype, residuals, gradient):
     tokens, table = residuals
     chosen = jax.nn.one_hot(tokens, table.shape[0], dtype=dtype)
-    sums = jnp.einsum("btv,btd->vd", chosen, gradient, preferred_element_type=jnp.float32)
+    precision = "highest" if dtype == jnp.float32 else None
+    sums = jnp.einsum(
+        "...v,...d->vd", chosen, gradient, precision=precision, preferred_element_type=jnp.float32
+    )
     return sums.astype(table.dtype), None
 
 

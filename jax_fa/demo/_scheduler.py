@@ -172,8 +172,9 @@ class Scheduler:
     """
 
     def __init__(self, requests, sizes, stop=None):
-        if any(request.pages(sizes.page_size) > sizes.max_pages for request in requests):
-            raise ValueError(f"each request must fit {sizes}")
+        most = min(sizes.max_pages, sizes.pages)
+        if any(not request.prompt or request.pages(sizes.page_size) > most for request in requests):
+            raise ValueError(f"each request must have a prompt and fit {sizes}")
         self.sizes, self.stop = sizes, stop
         self.allocator = PageAllocator(sizes.pages)
         self.total = len(requests)
@@ -269,5 +270,5 @@ class Scheduler:
         return chosen
 
     def _leave(self, slot):
-        self.allocator.give_back(self._rows[slot].pages)
-        self._rows[slot] = None
+        row, self._rows[slot] = self._rows[slot], None
+        self.allocator.give_back(row.pages)

@@ -178,13 +178,13 @@ class Training:
         data=None,
     ):
         data = text() if data is None else data
-        check(attention, length, data)
+        check(attention, length, seed, data)
         config = dataclasses.replace(config or CONFIG, max_length=length)
         optimizer = create_optimizer(steps)
         first = jax.jit(lambda: create(config, attention, optimizer, seed))
         tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
         options = dict(optimizer=optimizer, remat=REMAT if remat else None)
-        self._rows = batches(data, batch, length, seed)
+        self._create_rows = ft.partial(batches, data, batch, length, seed)
         start = time.perf_counter()
         self._create = first.lower().compile()
         self._step = train_step.lower(jax.eval_shape(first), tokens, **options).compile()
@@ -198,7 +198,7 @@ class Training:
         Returns:
           A `Run`, without losses where a step does not fit into the device's memory.
         """
-        steps, losses, peak_before = self.plan.steps, [], _peak()
+        steps, losses, peak_before, rows = self.plan.steps, [], _peak(), self._create_rows()
         untimed = min(_UNTIMED, steps - 1)
         try:
             state = self._create()
@@ -206,7 +206,7 @@ class Training:
                 if index == untimed:
                     jax.block_until_ready(state)
                     start = time.perf_counter()
-                state, loss = self._step(state, next(self._rows))
+                state, loss = self._step(state, next(rows))
                 losses.append(loss)
                 if index % max(1, steps // 10) == 0 or index == steps - 1:
                     report(index, loss)
@@ -224,8 +224,10 @@ class Training:
         )
 
 
-def check(attention, length, data):
-    """Raises a ValueError for rows longer than the data, and for "cudnn" without a GPU."""
+def check(attention, length, seed, data):
+    """Raises a ValueError for rows longer than the data, a seed below 0, "cudnn" without a GPU."""
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     if length >= len(data):
         raise ValueError(f"length must be below the {len(data)} bytes of the text, got {length}")
     if attention == "cudnn" and jax.default_backend() != "gpu":
@@ -254,7 +256,7 @@ def prepare(args):
         names.remove("cudnn")
     data = text()
     for name in names:
-        check(name, args.length, data)
+        check(name, args.length, args.seed, data)
     return names, data
 
 
