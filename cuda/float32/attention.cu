@@ -57,9 +57,7 @@ struct Blocks {
 template <int kDim>
 using ForwardBlocks = Blocks<kDim, float32_forward_rows(kDim)>;
 template <int kDim>
-using BackwardBlocks = Blocks<kDim, kDim <= 64    ? 64
-                                    : kDim <= 128 ? 32
-                                                  : 16>;
+using BackwardBlocks = Blocks<kDim, float32_backward_rows(kDim)>;
 
 __device__ int thread_x() { return threadIdx.x % kSide; }
 __device__ int thread_y() { return threadIdx.x / kSide; }

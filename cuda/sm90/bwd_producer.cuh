@@ -289,12 +289,13 @@ struct TermAdder {
   __device__ void step(const KeyWork& work, int head, int row0) {
     const int64_t slot = int64_t(head) * params.slots + work.slot0 + row0 / kBwdSumQueries;
     float* const gSums = params.backward.dq_sum + slot * DqSums<Traits>::kTileFloats;
-    bool waits = params.turns && row0 < work.shared_end;
+    const bool waits = params.turns && row0 < work.shared_end;  // somebody comes before
     for_each_term<Traits>(work, row0, [&](int m, int dim) {
       const int at = terms.at();
       ptx::barrier_wait(shared.terms_full[at], terms.parity());
-      if (waits) wait_turn(params.turns + slot, work.keys.row0 / Traits::kBlockM);
-      waits = false;
+      if (waits && m == 0 && dim == 0) {
+        wait_turn(params.turns + slot, work.keys.row0 / Traits::kBlockM);
+      }
       ptx::bulk_add(gSums + m * DqSums<Traits>::kTileFloats + DqSums<Traits>::place(dim / 8),
                     ptx::shared_address(shared.terms[at]), sizeof(shared.terms[at]));
       ptx::bulk_commit();
