@@ -174,7 +174,7 @@ class Scheduler:
     def __init__(self, requests, sizes, stop=None):
         most = min(sizes.max_pages, sizes.pages)
         if any(not request.prompt or request.pages(sizes.page_size) > most for request in requests):
-            raise ValueError(f"each request must have a prompt and fit {sizes}")
+            raise ValueError(f"each request must fit {sizes} and have a prompt")
         self.sizes, self.stop = sizes, stop
         self.allocator = PageAllocator(sizes.pages)
         self.total = len(requests)
