@@ -23,6 +23,18 @@ cudaError_t make_room(void (*kernel)(Params...)) {
                               cudaSharedmemCarveoutMaxShared);
 }
 
+inline cudaLaunchConfig_t launch_config(dim3 grid, int threads, int shared_bytes,
+                                        cudaStream_t stream, cudaLaunchAttribute* attribute) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = attribute ? 1 : 0;
+  return config;
+}
+
 // Launches with more shared memory than is granted without asking. With beside_previous blocks may
 // start as soon as all of the previous grid have started; code for sm_90 then has to wait for that
 // grid's end, before it reads its results or at least before it ends itself.
@@ -42,13 +54,8 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared
     overlap.val.programmaticStreamSerializationAllowed = compiled.ptxVersion >= 90;
   }
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = beside_previous ? 1 : 0;
+  const cudaLaunchConfig_t config =
+      launch_config(grid, threads, shared_bytes, stream, beside_previous ? &overlap : nullptr);
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
@@ -67,13 +74,7 @@ cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, dim3 cluster, 
   cudaLaunchAttribute shape = {};
   shape.id = cudaLaunchAttributeClusterDimension;
   shape.val.clusterDim = {cluster.x, cluster.y, cluster.z};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &shape;
-  config.numAttrs = 1;
+  const cudaLaunchConfig_t config = launch_config(grid, threads, shared_bytes, stream, &shape);
   int clusters = 0;
   error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;

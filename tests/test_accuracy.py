@@ -1,41 +1,26 @@
 """The errors that `benchmarks/accuracy.py` reports, on inputs whose errors are known."""
 
+import dataclasses
 import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
+import llamas
 import numpy as np
 import pytest
-
-nnx = pytest.importorskip("flax.nnx", reason="needs jax_fa[demo]")
-pytest.importorskip("gguf", reason="needs jax_fa[demo]")
-pytest.importorskip("tokenizers", reason="needs jax_fa[demo]")
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import _accuracy  # noqa: E402
 from _accuracy import CACHES, Cache  # noqa: E402
 
-from jax_fa import demo  # noqa: E402
-
-SMALL = demo.LlamaConfig(
-    vocab_size=61,
-    layers=2,
-    features=24,
-    hidden_features=40,
-    heads=6,
-    kv_heads=2,
-    head_dim=8,
-    max_length=64,
-    rotary_base=1e4,
-    norm_epsilon=1e-5,
-)
+SMALL = dataclasses.replace(llamas.SMALL, layers=2, max_length=64)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return demo.Llama(SMALL, rngs=nnx.Rngs(0))
+    return llamas.small_model(layers=SMALL.layers, max_length=SMALL.max_length)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +110,7 @@ def test_layers_of_a_model_are_those_in_its_cache(model, tokens):
     np.testing.assert_allclose(k, cache.k[:, 0], atol=1e-5)
     np.testing.assert_allclose(v, cache.v[:, 0], atol=1e-5)
     # Attention of the last queries, projected, is what the first block adds to its input.
-    block = nnx.merge(*_first_layer(model))
+    block = llamas.nnx.merge(*_first_layer(model))
     x = model.embed(text[None])
     want, _ = block.attention(block.attention_norm(x), rotary=_rotary())
     got = block.attention.out(_accuracy.attend(q[:1], k[:1], v[:1]))
@@ -133,7 +118,7 @@ def test_layers_of_a_model_are_those_in_its_cache(model, tokens):
 
 
 def _first_layer(model):
-    graph, weights = nnx.split(model.blocks)
+    graph, weights = llamas.nnx.split(model.blocks)
     return graph, jax.tree.map(lambda x: x[0], weights)
 
 

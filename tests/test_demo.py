@@ -9,36 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llamas import SMALL, small_model
 
-from jax_fa import cli
+from jax_fa import cli, demo
 
-nnx = pytest.importorskip("flax.nnx", reason="needs jax_fa[demo]")
-pytest.importorskip("gguf", reason="needs jax_fa[demo]")
-pytest.importorskip("tokenizers", reason="needs jax_fa[demo]")
-
-from jax_fa import demo  # noqa: E402
-
-SMALL = demo.LlamaConfig(
-    vocab_size=61,
-    layers=3,
-    features=24,
-    hidden_features=40,
-    heads=6,
-    kv_heads=2,
-    head_dim=8,
-    max_length=160,
-    rotary_base=1e4,
-    norm_epsilon=1e-5,
-)
 PROMPTS = [
     "What is the capital of France, and why is it famous?",
     "Write a Python function that returns the n-th Fibonacci number.",
 ]
 GREEDY = demo.Sampling()
-
-
-def small_model(dtype="float32"):
-    return demo.Llama(dataclasses.replace(SMALL, dtype=dtype), rngs=nnx.Rngs(0))
 
 
 def small_prompts():
@@ -97,7 +76,7 @@ def test_padding_does_not_matter():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_paged_equals_contiguous(dtype):
-    model, prompts = small_model(dtype), small_prompts()
+    model, prompts = small_model(dtype=dtype), small_prompts()
     out = [run_steps(model, *prompts, 12, kind=kind) for kind in ("contiguous", "paged")]
     np.testing.assert_array_equal(*out)
 

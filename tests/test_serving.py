@@ -6,32 +6,16 @@ import json
 
 import jax
 import jax.numpy as jnp
+import llamas
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_fa import cli
+from jax_fa import cli, demo
+from jax_fa.demo import _command
 
-nnx = pytest.importorskip("flax.nnx", reason="needs jax_fa[demo]")
-pytest.importorskip("gguf", reason="needs jax_fa[demo]")
-pytest.importorskip("tokenizers", reason="needs jax_fa[demo]")
-
-from jax_fa import demo  # noqa: E402
-from jax_fa.demo import _command  # noqa: E402
-
-SMALL = demo.LlamaConfig(
-    vocab_size=61,
-    layers=3,
-    features=24,
-    hidden_features=40,
-    heads=6,
-    kv_heads=2,
-    head_dim=8,
-    max_length=64,
-    rotary_base=1e4,
-    norm_epsilon=1e-5,
-)
+SMALL = dataclasses.replace(llamas.SMALL, max_length=64)
 STOP = 0
 
 
@@ -202,9 +186,7 @@ def test_requests_that_cannot_run_are_refused():
 # The step: a small model of random weights.
 
 
-@ft.cache
-def small_model(**sizes):
-    return demo.Llama(dataclasses.replace(SMALL, **sizes), rngs=nnx.Rngs(0))
+small_model = ft.cache(ft.partial(llamas.small_model, max_length=SMALL.max_length))
 
 
 def small_requests(max_tokens=10, seed=3):

@@ -225,6 +225,28 @@ __device__ float dropout_factor(const GeneralScore& score, int i, int j) {
   return int(word >> j % 2 * 16 & 0xffff) < p.dropout_keep ? p.dropout_scale : 0.f;
 }
 
+// What the kernels that own Q_i walk: the keys that some of its queries see.
+template <class B>
+struct Walk {
+  int b, head_kv, len_kv;
+  IntervalMask mask;
+  KvRow k_row, v_row;
+  int begin, end;  // of keys, from a multiple of kB on
+
+  __device__ Walk(const AttentionParams& p, const QueryTile& tile)
+      : b(max(tile.b, 0)),
+        head_kv(tile.head / (p.heads_q / p.heads_kv)),
+        len_kv(row_len_kv(p, b)),
+        mask(tile.len_q, len_kv, p.window_left, p.window_right, p.top_left),
+        k_row(p.kv, b, p.k.rows),
+        v_row(p.kv, b, p.v.rows) {
+    const int row_end = min(tile.row0 + tile.rows, tile.len_q);
+    const Interval seen = tile.row0 < row_end ? mask.seen_by_any(tile.row0, row_end) : Interval{};
+    begin = seen.lo / B::kB * B::kB;
+    end = seen.hi;
+  }
+};
+
 // --- forward ---
 
 template <class B>
@@ -242,15 +264,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const QueryTile tile = locate_tile<kB>(p);
   if (tile.rows <= 0) return;
-  const int b = max(tile.b, 0), head_kv = tile.head / (p.heads_q / p.heads_kv);
-  const int row_end = min(tile.row0 + tile.rows, tile.len_q), len_kv = row_len_kv(p, b);
-  const IntervalMask mask(tile.len_q, len_kv, p.window_left, p.window_right, p.top_left);
-  const GeneralScore score(p, b, tile.head, tile.len_q, mask);
-  const KvRow k_row(p.kv, b, p.k.rows), v_row(p.kv, b, p.v.rows);
+  const Walk<B> walk(p, tile);
+  const GeneralScore score(p, walk.b, tile.head, tile.len_q, walk.mask);
 
   const auto* gQ =
       static_cast<const float*>(p.q) + tile.token0 * p.q_token_stride + tile.head * p.q_head_stride;
-  load<B>(shared.q, row_end - tile.row0, p.head_dim,
+  load<B>(shared.q, tile.len_q - tile.row0, p.head_dim,
           [&](int row) { return gQ + row * p.q_token_stride; });
 
   typename B::Sums o = {};
@@ -258,9 +277,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (float& x : m) x = -INFINITY;
 
-  const Interval seen = tile.row0 < row_end ? mask.seen_by_any(tile.row0, row_end) : Interval{};
-  for (int j0 = seen.lo / kB * kB; j0 < seen.hi; j0 += kB) {
-    load_keys<B>(shared.kv, p.k, k_row, head_kv, j0, len_kv, p.head_dim);
+  for (int j0 = walk.begin; j0 < walk.end; j0 += kB) {
+    load_keys<B>(shared.kv, p.k, walk.k_row, walk.head_kv, j0, walk.len_kv, p.head_dim);
     __syncthreads();  // Q_i and K_j are there
     typename B::Block s;
     multiply<B>(s, shared.q, shared.kv, p.head_dim);
@@ -292,15 +310,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     __syncthreads();  // all threads are done with K_j
     share<B, false>(shared.p, s);
-    load_keys<B>(shared.kv, p.v, v_row, head_kv, j0, len_kv, p.head_dim_v);
+    load_keys<B>(shared.kv, p.v, walk.v_row, walk.head_kv, j0, walk.len_kv, p.head_dim_v);
     __syncthreads();  // P~ and V_j are there
     add_product<B>(o, shared.p, shared.kv);
     __syncthreads();  // all threads are done with them
   }
 
   // A sink is one more term of the denominator.
-  const float sink = p.sinks ? p.sinks[int64_t(b) * p.heads_q + tile.head] : -INFINITY;
-  float* gLse = p.lse + b * p.lse_row_stride + tile.head * p.lse_head_stride +
+  const float sink = p.sinks ? p.sinks[int64_t(walk.b) * p.heads_q + tile.head] : -INFINITY;
+  float* gLse = p.lse + walk.b * p.lse_row_stride + tile.head * p.lse_head_stride +
                 (p.q_start ? tile.token0 : int64_t(tile.row0));
   float factor[kM];
 #pragma unroll
@@ -451,19 +469,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const QueryTile tile = locate_tile<kB>(fwd);
   if (tile.rows <= 0) return;
-  const int b = max(tile.b, 0), head_kv = tile.head / (fwd.heads_q / fwd.heads_kv);
-  const int row_end = min(tile.row0 + tile.rows, tile.len_q), len_kv = row_len_kv(fwd, b);
-  const IntervalMask mask(tile.len_q, len_kv, fwd.window_left, fwd.window_right, fwd.top_left);
-  const GeneralScore score(fwd, b, tile.head, tile.len_q, mask);
-  const KvRow k_row(fwd.kv, b, fwd.k.rows), v_row(fwd.kv, b, fwd.v.rows);
-  const float2* gRows = rows_of(params, b, tile.head);
+  const Walk<B> walk(fwd, tile);
+  const GeneralScore score(fwd, walk.b, tile.head, tile.len_q, walk.mask);
+  const float2* gRows = rows_of(params, walk.b, tile.head);
   load_queries<B>(shared, params, tile.token0 - tile.row0, tile.head, tile.row0, tile.len_q);
 
   typename B::Sums dq = {};
-  const Interval seen = tile.row0 < row_end ? mask.seen_by_any(tile.row0, row_end) : Interval{};
-  for (int j0 = seen.lo / kB * kB; j0 < seen.hi; j0 += kB) {
-    load_keys<B>(shared.k, fwd.k, k_row, head_kv, j0, len_kv, fwd.head_dim);
-    load_keys<B>(shared.v, fwd.v, v_row, head_kv, j0, len_kv, fwd.head_dim_v);
+  for (int j0 = walk.begin; j0 < walk.end; j0 += kB) {
+    load_keys<B>(shared.k, fwd.k, walk.k_row, walk.head_kv, j0, walk.len_kv, fwd.head_dim);
+    load_keys<B>(shared.v, fwd.v, walk.v_row, walk.head_kv, j0, walk.len_kv, fwd.head_dim_v);
     __syncthreads();  // K_j and V_j are there, at first Q_i and dO_i too
     typename B::Block p, ds;
     score_gradients<B>(p, ds, shared, fwd, score, gRows, tile.row0, j0);
