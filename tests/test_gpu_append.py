@@ -45,18 +45,54 @@ def test_append_equals_the_reference(dtype, granularity, size, kind, rng):
 
             return call(cache, k, v)  # noqa: B023
 
-        kernel, expected = append(None), append("reference")
-        same_bits(kernel.lengths, expected.lengths)
-        if rotary is None:
-            same_bits((kernel.k, kernel.v), (expected.k, expected.v))
-            continue
-        same_bits(kernel.v, expected.v)
-        for x, y in zip(jax.tree.leaves(kernel.k), jax.tree.leaves(expected.k)):
-            x, y = (np.asarray(z.astype(jnp.float32)) for z in (x, y))
-            # rotary may round differently: a step of bfloat16, then of the cache's dtype
-            differ = x != y
-            assert differ.mean() < 0.02
-            np.testing.assert_allclose(x, y, rtol=0.13, atol=1 if dtype == "int8" else 0.02)
+        check_caches(append(None), append("reference"), dtype, rotary is not None)
+
+
+SHAPES = [  # heads, head dim, rotary dim, interleaved
+    (3, 96, 96, False), (5, 40, 40, True), (8, 128, 128, False), (1, 8, 8, True),
+    (2, 256, 64, False), (2, 64, 20, False), (2, 64, 12, True), (1, 512, 512, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", [("bfloat16", None, None), ("int8", "head", None)], ids=str)
+@pytest.mark.parametrize("heads, dim, rotary_dim, interleaved", SHAPES)
+def test_append_of_many_tokens(heads, dim, rotary_dim, interleaved, stored, rng):
+    check_many(heads, dim, rotary_dim, interleaved, stored, rng)
+
+
+@pytest.mark.parametrize("dim, size", [(96, 32), (96, 24), (128, 128), (256, 8)])
+def test_append_of_groups(dim, size, rng):
+    check_many(3, dim, dim, False, ("int8", "group", size), rng)
+
+
+def check_many(heads, dim, rotary_dim, interleaved, stored, rng):
+    """Enough tokens for blocks that own several."""
+    dtype, granularity, size = stored
+    cache = jax_fa.KVCache.create(
+        3, 2112, heads, dim, dtype=dtype, granularity=granularity, group_size=size
+    )
+    cache = dataclasses.replace(cache, lengths=jnp.array([0, 7, 30], jnp.int32))  # row 2 overflows
+    k, v = (cases.normal(rng, 3, 2100, heads, dim, dtype=jnp.bfloat16) for _ in "kv")
+    rotary = tuple(cases.normal(rng, 2112, rotary_dim // 2) for _ in "cs")
+    kernel, expected = (
+        cache.append(k, v, rotary=rotary, interleaved=interleaved, implementation=x)
+        for x in (None, "reference")
+    )
+    check_caches(kernel, expected, dtype, rotary=True)
+
+
+def check_caches(kernel, expected, dtype, rotary):
+    same_bits(kernel.lengths, expected.lengths)
+    same_bits(kernel.v, expected.v)
+    if not rotary:
+        same_bits(kernel.k, expected.k)
+        return
+    for x, y in zip(jax.tree.leaves(kernel.k), jax.tree.leaves(expected.k), strict=True):
+        x, y = (np.asarray(z.astype(jnp.float32)) for z in (x, y))
+        # rotary may round differently: a step of bfloat16, then of the cache's dtype
+        differ = x != y
+        assert differ.mean() < 0.02
+        np.testing.assert_allclose(x, y, rtol=0.13, atol=1 if dtype == "int8" else 0.02)
 
 
 def moves(hlo, shapes):

@@ -1,13 +1,16 @@
 // Appends new keys and values to a cache in place: finds each token's row or page, turns the keys
 // by their position, and casts or quantizes both.
 //
-// grid (new tokens, k and v). A block owns one token of one tensor; its warps take the heads in
-// turn. A warp stages a head's row in shared memory, since rotary pairs elements across lanes.
+// Two kernels, grid (tokens, k and v). `append_vectors` holds eight neighbours of a head's row in a
+// lane and passes what rotary and scales need through shuffles. `append_any` stages a row in shared
+// memory, for what does not fall on eights: odd groups and rotary dims, a scale for all heads, dims
+// past 256.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include <algorithm>
+#include <bit>
 #include <cfloat>
 
 #include "params.h"
@@ -17,7 +20,9 @@ namespace jax_fa::append {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kVector = 4;  // elements that a lane moves at once; dims are a multiple of it
+constexpr int kVector = 4;      // of append_any: elements that a lane moves at once
+constexpr int kLaneDims = 8;    // of append_vectors: elements that a lane holds
+constexpr int kMaxTokens = 32;  // of append_vectors: tokens of a block
 
 // What differs between k and v.
 struct Target {
@@ -54,6 +59,14 @@ struct Target {
   // one scale for all heads of a token, to be found here
   __host__ __device__ bool token_scale(const AppendParams& p) const {
     return groups > 0 && !p.scale_given && p.heads_kv > 1 && scale_head_stride == 0;
+  }
+
+  // whether append_vectors takes it; `rotary` is the number of dims that turn
+  __host__ bool in_vectors(const AppendParams& p, int rotary) const {
+    const int group = dim / std::max(groups, 1);
+    return dim % kLaneDims == 0 && dim <= 32 * kLaneDims && !token_scale(p) &&
+           rotary % (p.interleaved ? kLaneDims : 2 * kLaneDims) == 0 &&
+           (group == dim || (group % kLaneDims == 0 && std::has_single_bit(unsigned(group))));
   }
 };
 
@@ -213,10 +226,145 @@ __device__ void write(DType dtype, const float* sGroup, void* cache, int64_t off
   }
 }
 
+// Eight neighbours of a row, in float32 and rounded to T, turned by their position. Rows are of
+// `lanes` lanes, all of which call.
+template <typename T>
+__device__ void turn(Vector<float, kLaneDims>& x, const AppendParams& p, int position, int lane) {
+  const int pairs = p.rotary_dim / 2;
+  const int64_t angles = int64_t(min(position, p.max_position - 1)) * pairs;
+  // not contracted, so that the result is that of separate operations everywhere
+  if (p.interleaved) {
+    if (lane >= p.rotary_dim / kLaneDims) return;
+    using Angles = Vector<float, kLaneDims / 2>;
+    const int64_t at = angles + lane * (kLaneDims / 2);
+    const auto cos = *reinterpret_cast<const Angles*>(p.cos + at);
+    const auto sin = *reinterpret_cast<const Angles*>(p.sin + at);
+#pragma unroll
+    for (int i = 0; i < kLaneDims / 2; ++i) {
+      const float a = x.x[2 * i], b = x.x[2 * i + 1];
+      x.x[2 * i] = float(T(__fsub_rn(__fmul_rn(a, cos.x[i]), __fmul_rn(b, sin.x[i]))));
+      x.x[2 * i + 1] = float(T(__fadd_rn(__fmul_rn(b, cos.x[i]), __fmul_rn(a, sin.x[i]))));
+    }
+    return;
+  }
+
+  const int half = pairs / kLaneDims;  // lanes of it
+  const bool second = lane >= half;
+  Vector<float, kLaneDims> other;
+#pragma unroll
+  for (int i = 0; i < kLaneDims; ++i) {
+    other.x[i] = __shfl_sync(~0u, x.x[i], threadIdx.x % 32 + (second ? -half : half));
+  }
+  if (lane >= 2 * half) return;
+  const int64_t at = angles + (second ? lane - half : lane) * kLaneDims;
+  const auto cos = *reinterpret_cast<const Vector<float, kLaneDims>*>(p.cos + at);
+  const auto sin = *reinterpret_cast<const Vector<float, kLaneDims>*>(p.sin + at);
+#pragma unroll
+  for (int i = 0; i < kLaneDims; ++i) {
+    const float own = __fmul_rn(x.x[i], cos.x[i]), others = __fmul_rn(other.x[i], sin.x[i]);
+    x.x[i] = float(T(second ? __fadd_rn(own, others) : __fsub_rn(own, others)));
+  }
+}
+
+template <typename To>
+__device__ void write_vector(const Vector<float, kLaneDims>& x, void* cache, int64_t offset) {
+  Vector<To, kLaneDims> v;
+#pragma unroll
+  for (int i = 0; i < kLaneDims; ++i) v.x[i] = cast<To>(x.x[i]);
+  *reinterpret_cast<Vector<To, kLaneDims>*>(static_cast<To*>(cache) + offset) = v;
+}
+
+__device__ void write_vector(DType dtype, const Vector<float, kLaneDims>& x, void* cache,
+                             int64_t offset) {
+  switch (dtype) {
+    case DType::kF16:
+      return write_vector<__half>(x, cache, offset);
+    case DType::kBF16:
+      return write_vector<__nv_bfloat16>(x, cache, offset);
+    case DType::kF32:
+      return write_vector<float>(x, cache, offset);
+    case DType::kInt8:
+      return write_vector<int8_t>(x, cache, offset);
+    case DType::kE4M3:
+      return write_vector<__nv_fp8_e4m3>(x, cache, offset);
+    case DType::kE5M2:
+      return write_vector<__nv_fp8_e5m2>(x, cache, offset);
+  }
+}
+
+// A block owns `tokens` tokens of one tensor. A row is a head of a token.
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32)
-    append_kernel(const __grid_constant__ AppendParams p, const __grid_constant__ Targets targets,
-                  int dim) {
+    append_vectors(const __grid_constant__ AppendParams p, const __grid_constant__ Targets targets,
+                   int tokens) {
+  __shared__ Slot sSlots[kMaxTokens];
+  const bool rotate = blockIdx.y == 0 && p.cos;
+  const Target& x = targets.x[blockIdx.y];
+  const int first = blockIdx.x * tokens;
+  const int rows = min(tokens, p.total_new - first) * p.heads_kv;
+
+  // lanes of a row and of a group, powers of two; the last ones may have no elements
+  const int lanes = 1 << (32 - __clz(x.dim / kLaneDims - 1));
+  const int size = x.dim / max(x.groups, 1);
+  const int group_lanes = x.groups > 1 ? size / kLaneDims : lanes;
+  const int lane = threadIdx.x % lanes, step = kWarps * 32 / lanes;
+  const int d = lane * kLaneDims, g = d / size;
+  const T* const fresh = static_cast<const T*>(x.fresh) + int64_t(first) * p.heads_kv * x.dim + d;
+
+  int row = threadIdx.x / lanes;
+  const auto load = [&](int row) {
+    Vector<T, kLaneDims> v = {};
+    if (row < rows && d < x.dim) {
+      v = *reinterpret_cast<const Vector<T, kLaneDims>*>(fresh + int64_t(row) * x.dim);
+    }
+    return v;
+  };
+  auto next = load(row);  // while the slots are found
+  if (threadIdx.x * p.heads_kv < rows) sSlots[threadIdx.x] = find_slot(p, first + threadIdx.x);
+  __syncthreads();  // the slots are there
+
+  const int64_t row_tokens = p.index.page_table ? p.index.page_size : p.capacity;
+  // the same number of turns for all lanes of a warp: they shuffle
+  for (int turns = (rows + step - 1) / step; turns > 0; --turns, row += step) {
+    Vector<float, kLaneDims> v;
+#pragma unroll
+    for (int i = 0; i < kLaneDims; ++i) v.x[i] = float(next.x[i]);
+    next = load(row + step);
+
+    const int token = min(row, rows - 1) / p.heads_kv, head = row - token * p.heads_kv;
+    const Slot slot = sSlots[token];
+    const bool mine = row < rows && d < x.dim && slot.valid;
+    if (rotate) turn<T>(v, p, max(slot.position, 0), lane);
+    if (x.groups > 0) {
+      float* const gScale = x.scale + slot.row * x.scale_row_stride + head * x.scale_head_stride +
+                            slot.token * x.scale_token_stride + g;
+      float scale = 1.f;
+      if (p.scale_given) {
+        if (mine) scale = *gScale;
+      } else {
+        uint32_t amax = 0;
+#pragma unroll
+        for (int i = 0; i < kLaneDims; ++i) amax = max(amax, __float_as_uint(fabsf(v.x[i])));
+        for (int i = group_lanes / 2; i > 0; i /= 2)
+          amax = max(amax, __shfl_xor_sync(~0u, amax, i));
+        scale = __uint_as_float(amax) * inverse_largest(x.dtype);
+        if (scale < FLT_MIN) scale = 1.f;  // the values round to 0
+        if (mine && d % size == 0) *gScale = scale;
+      }
+#pragma unroll
+      for (int i = 0; i < kLaneDims; ++i) v.x[i] = ptx::div_full(v.x[i], scale);
+    }
+    // caches are contiguous; a row of theirs has a page's or the capacity's tokens
+    const int64_t at = ((slot.row * row_tokens + slot.token) * p.heads_kv + head) * x.dim + d;
+    if (mine) write_vector(x.dtype, v, x.cache, at);
+  }
+}
+
+// A block owns one token of one tensor; its warps take the heads in turn.
+template <typename T>
+__global__ void __launch_bounds__(kWarps * 32)
+    append_any(const __grid_constant__ AppendParams p, const __grid_constant__ Targets targets,
+               int dim) {
   extern __shared__ float sRows[];  // [kWarps][dim]
   __shared__ uint32_t sAmax[kWarps];
   const int token = blockIdx.x, warp = threadIdx.x / 32;
@@ -281,11 +429,19 @@ cudaError_t launch_append(const AppendParams& p, cudaStream_t stream) {
   if (p.cos && (p.rotary_dim > p.k_dim || p.rotary_dim % 2 != 0)) return cudaErrorInvalidValue;
   if (p.total_new == 0 || p.heads_kv == 0) return cudaSuccess;
 
+  const bool vectors =
+      targets.x[0].in_vectors(p, p.cos ? p.rotary_dim : 0) && targets.x[1].in_vectors(p, 0);
+  // a token a block until they are thousands, which hides the search for slots in fewer blocks
+  const int tokens = std::clamp(p.total_new / 2048, 1, kMaxTokens);
   const int dim = std::max(p.k_dim, p.v_dim);
-  const dim3 grid(p.total_new, 2);
-  const size_t smem = size_t(kWarps) * dim * sizeof(float);
   const auto run = [&]<typename T>() {
-    append_kernel<T><<<grid, kWarps * 32, smem, stream>>>(p, targets, dim);
+    if (vectors) {
+      const dim3 grid((p.total_new + tokens - 1) / tokens, 2);
+      append_vectors<T><<<grid, kWarps * 32, 0, stream>>>(p, targets, tokens);
+    } else {
+      const size_t smem = size_t(kWarps) * dim * sizeof(float);
+      append_any<T><<<dim3(p.total_new, 2), kWarps * 32, smem, stream>>>(p, targets, dim);
+    }
     return cudaGetLastError();
   };
   switch (p.dtype) {
