@@ -235,7 +235,6 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
-  if (p.fwd.seeds && !p.fwd.exact && !bwd_has_dropout(p.fwd.dtype)) return cudaErrorNotSupported;
   const int tile_dim = tile_dim_of(p.fwd);
   const bool general = bwd_general(p.fwd) || p.fwd.seeds;
   const int stages = bwd_shared_stages(tile_dim, general, shared_bytes);

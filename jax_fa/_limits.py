@@ -36,11 +36,8 @@ def no_kernel(name, operands, static):
         for key, x in (("k", k), ("v", v)):
             if x.dtype != q.dtype:
                 return f"{key} is {x.dtype.name}; gradients by kernels take q's, {q.dtype.name}"
-    if static.get("exact"):
-        if reason := _no_exact_kernel(name, operands):
-            return reason
-    elif static.get("dropout_rate") and q.dtype == np.float32 and name.endswith("_bwd"):
-        return "dropout in TF32; gradients by kernels have it in 16 bits and in exact float32"
+    if static.get("exact") and (reason := _no_exact_kernel(name, operands)):
+        return reason
     bias = operands.get("bias", q)
     if bias.dtype.name not in _KERNEL_FLOATS:
         return f"bias is {bias.dtype.name}; kernels take {', '.join(_KERNEL_FLOATS)}"

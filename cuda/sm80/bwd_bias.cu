@@ -297,9 +297,7 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream) {
   using Tile = BiasTraits<kHeadDim, kDType>;
-  if constexpr (bwd_has_dropout(kDType)) {
-    if (params.fwd.seeds) return launch<Tile, Dropped<GeneralScore>>(params, stream);
-  }
+  if (params.fwd.seeds) return launch<Tile, Dropped<GeneralScore>>(params, stream);
   return launch<Tile, GeneralScore>(params, stream);
 }
 

@@ -182,10 +182,8 @@ cudaError_t launch_gradients(const BackwardParams& params, cudaStream_t stream) 
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_keys_sm80(const BackwardParams& params, cudaStream_t stream) {
-  if constexpr (bwd_has_dropout(kDType)) {
-    if (params.fwd.seeds)
-      return launch_gradients<kHeadDim, kDType, true, Dropped<GeneralScore>>(params, stream);
-  }
+  if (params.fwd.seeds)
+    return launch_gradients<kHeadDim, kDType, true, Dropped<GeneralScore>>(params, stream);
   return bwd_general(params.fwd)
              ? launch_gradients<kHeadDim, kDType, true, GeneralScore>(params, stream)
              : launch_gradients<kHeadDim, kDType, false, ScaledScore>(params, stream);

@@ -187,10 +187,8 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
 
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t stream) {
-  if constexpr (bwd_has_dropout(kDType)) {
-    if (params.fwd.seeds)
-      return launch<QueryTraits<kHeadDim, kDType, true>, Dropped<GeneralScore>>(params, stream);
-  }
+  if (params.fwd.seeds)
+    return launch<QueryTraits<kHeadDim, kDType, true>, Dropped<GeneralScore>>(params, stream);
   return bwd_general(params.fwd)
              ? launch<QueryTraits<kHeadDim, kDType, true>, GeneralScore>(params, stream)
              : launch<QueryTraits<kHeadDim, kDType, false>, ScaledScore>(params, stream);

@@ -93,9 +93,6 @@ constexpr BwdTile bwd_bias_tile(int head_dim_tile, DType dtype) {
   return tile;
 }
 
-// Whether kernels have dropout: with it, gradients in TF32 go through XLA.
-constexpr bool bwd_has_dropout(DType dtype) { return dtype != DType::kF32; }
-
 // Whether scores are more than a scaled product.
 inline bool bwd_general(const AttentionParams& p) {
   return p.scale <= 0 || p.softcap != 0 || p.alibi_slopes || p.bias;
