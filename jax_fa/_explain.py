@@ -7,7 +7,14 @@ import jax
 import numpy as np
 
 from . import _jax_fa, _layout, _limits
-from ._lowering import BACKWARD, cache_length, decode_key_bytes, prefill_key_bytes
+from ._lowering import (
+    BACKWARD,
+    as_decode,
+    cache_length,
+    decode_key_bytes,
+    decodes,
+    prefill_key_bytes,
+)
 from ._primitives import OPERATIONS
 
 
@@ -157,8 +164,11 @@ def _explain(eqn, count, peak):
         shape = _backward_shape(name, x, static)
         plan = _jax_fa.plan_backward(**shape, **_limits_of(peak))
     elif name in _OPERATION:
-        shape = _plan_shape(name, x, static)
-        plan = _jax_fa.plan(_OPERATION[name], **shape, **_limits_of(peak))
+        called = name, x, static
+        if name == "jax_fa_fwd" and decodes(x, static):
+            called = "jax_fa_decode", *as_decode(x, static)
+        shape = _plan_shape(*called)
+        plan = _jax_fa.plan(_OPERATION[called[0]], **shape, **_limits_of(peak))
     roofline = math.nan
     if peak is not None:
         rate = peak.tflops_tf32 if x["k"].dtype == np.float32 else peak.tflops

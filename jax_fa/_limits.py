@@ -12,7 +12,7 @@ if os.environ.get("JAX_FA_ARCH", "") not in ("", "sm80"):
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 _KERNEL_FLOATS = ("float16", "bfloat16", "float32")
-_MAX_GRID = 65535
+MAX_DECODE_BATCH = 65535  # CUDA's bound on the third dimension of a grid
 _ABSENT = np.empty(0)
 
 
@@ -81,6 +81,6 @@ def _no_scale_kernel(name, operands):
 
 def _no_grid(name, operands):
     """CUDA's bound on the second and third dimension of a grid."""
-    if name == "jax_fa_decode" and operands["q"].shape[0] > _MAX_GRID:
-        return f"batch {operands['q'].shape[0]}; kernels take up to {_MAX_GRID}"
+    if name == "jax_fa_decode" and operands["q"].shape[0] > MAX_DECODE_BATCH:
+        return f"batch {operands['q'].shape[0]}; kernels take up to {MAX_DECODE_BATCH}"
     return None

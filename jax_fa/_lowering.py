@@ -25,12 +25,18 @@ def reference_rule(name, reference, has_kernel):
     return rule
 
 
-def cuda_rule(op, reference):
-    """Lowers to the FFI call, or says why there is no kernel; of gradients to the reference."""
+def cuda_rule(op, reference, decode=None):
+    """Lowers to the FFI call, or says why there is no kernel; of gradients to the reference.
+
+    `decode` is the operation that takes over the calls that `decodes` names.
+    """
     generic = mlir.lower_fun(reference, multiple_results=True)
 
     def call(*args, **static):
-        return _ffi_call(op, args, static)
+        operands = dict(zip(op.operands, args))
+        if decode is not None and decodes(operands, static):
+            return _ffi_call(decode, *as_decode(operands, static))
+        return _ffi_call(op, operands, static)
 
     kernel = mlir.lower_fun(call, multiple_results=True)
 
@@ -57,8 +63,7 @@ def _is_empty(operands):
     return any(0 in operands[i].shape for i in "qkv") or 0 in rows or 0 in table[1:]
 
 
-def _ffi_call(op, args, static):
-    operands = dict(zip(op.operands, args))
+def _ffi_call(op, operands, static):
     avals = op.abstract_eval({name: jax.typeof(x) for name, x in operands.items()}, static)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
     wanted = list(range(len(results)))
@@ -76,8 +81,50 @@ def _ffi_call(op, args, static):
         results[buffers:buffers] = absent
         results += _backward_scratch(operands, static)
     call = jax.ffi.ffi_call(op.name, results, input_output_aliases=op.aliases)
-    outs = call(*args, **_attributes(static))
+    outs = call(*(operands[name] for name in op.operands), **_attributes(static))
     return [outs[i] for i in wanted]
+
+
+def decodes(operands, static):
+    """Whether the decode kernel takes a dense call: few queries, whose keys it splits over blocks.
+
+    Prefill kernels compute a whole tile for each head, however few its queries, and split no keys:
+    they take up to twelve times as long (H200, T = 1, 32 heads on one, 32 x 2048 keys).
+    """
+    q, k, v = (operands[name] for name in "qkv")
+    if static["layout"] != _layout.SEPARATE or q.dtype == np.float32 or k.shape[0] != v.shape[0]:
+        return False
+    if any(operands[name].shape != (0,) for name in ("bias", "q_lengths", "seeds")):
+        return False
+    batch, len_q, heads, dim = q.shape
+    len_kv = k.shape[1]
+    # the diagonal of decoding ends at the last key
+    square = len_q == len_kv and operands["kv_lengths"].shape == (0,)
+    masked = static["window_left"] >= 0 or static["window_right"] >= 0
+    if static["top_left"] and not square and (masked or operands["slopes"].shape != (0,)):
+        return False
+    group = heads // k.shape[2]
+    columns = group * len_q  # of the decode kernel's tiles
+    if batch > _limits.MAX_DECODE_BATCH or len_q > 16 or columns > 64:
+        return False
+    if columns <= (8 if max(dim, v.shape[-1]) > 128 else 16):
+        return True
+    # measured on an H200: else prefill wins while all its tiles run at once and keys are few
+    return len_kv >= 2048 or (group > 1 and batch * heads >= 512)
+
+
+def as_decode(operands, static):
+    """Operands and static parameters of decoding for a dense call that `decodes`."""
+    k, lengths = operands["k"], operands["kv_lengths"]
+    if lengths.shape == (0,):
+        lengths = np.full(operands["q"].shape[:1], k.shape[1], np.int32)
+    same = ("q", "k", "v", "k_scale", "v_scale", "slopes", "sinks")
+    maps = dict.fromkeys(("rows", "page_table", "layer"), np.zeros((0,), np.float32))
+    kept = ("scale", "softcap", "window_left", "window_right", "exact")
+    return (
+        {name: operands[name] for name in same} | maps | {"kv_lengths": lengths},
+        {name: static[name] for name in kept} | {"layer_stride": k.shape[0]},
+    )
 
 
 def _decode_scratch(operands):

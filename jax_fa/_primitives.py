@@ -206,7 +206,8 @@ def _primitive(op):
     has_kernel = op.name not in REFERENCE_ONLY
     mlir.register_lowering(p, _lowering.reference_rule(op.name, reference, has_kernel))
     if has_kernel:
-        rule = _lowering.cuda_rule(op, reference)
+        decode = OPERATIONS["jax_fa_decode"] if op.name == "jax_fa_fwd" else None
+        rule = _lowering.cuda_rule(op, reference, decode)
         mlir.register_lowering(p, rule, platform="cuda")
     batching.primitive_batchers[p] = ft.partial(_batching.batch, op, p)
     ad.primitive_jvps[p] = ft.partial(_no_derivative, op.name)

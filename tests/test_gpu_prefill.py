@@ -63,6 +63,39 @@ def test_sizes(len_q, len_kv, group, rng):
     check_dense(shape, "bfloat16", {"causal": True, "window": (300, None)}, rng)
 
 
+FEW = [(1, 113, 4), (4, 4, 1), (16, 257, 1), (3, 2, 5), (5, 2500, 4), (8, 2100, 8)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("causal",),
+        ("window",),
+        ("causal", "kv_lengths"),
+        ("causal", "softcap", "sinks"),
+        ("window", "alibi", "kv_lengths"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 128), ("float16", 40), ("bfloat16", 256)])
+@pytest.mark.parametrize("len_q, len_kv, group", FEW)
+def test_few_queries(len_q, len_kv, group, dtype, head_dim, names, rng):
+    """Most of which run on the decode kernel."""
+    shape = cases.Shape(3, len_q, len_kv, 2 * group, 2, head_dim)
+    check_dense(shape, dtype, cases.options_of(names, rng, shape), rng)
+
+
+@pytest.mark.parametrize("len_q", [1, 8])
+def test_few_queries_of_a_drop_in(len_q, rng):
+    q, k, v = cases.qkv(rng, cases.Shape(3, len_q, 200, 4, 2, 64), jnp.bfloat16)
+    lengths = jnp.array([200, 17, 1], jnp.int32)
+    options = dict(is_causal=True, key_value_seq_lengths=lengths)
+    actual = jax_fa.dot_product_attention(q, k, v, **options)
+    expected = jax.nn.dot_product_attention(q, k, v, implementation="xla", **options)
+    assert jnp.abs(actual.astype(jnp.float32) - expected.astype(jnp.float32)).max() < 0.02
+
+
 @pytest.mark.parametrize("group", [2, 4, 5, 6, 7, 16, 32])
 def test_groups(group, rng):
     check_dense(cases.Shape(1, 77, 99, 2 * group, 2, 128), "float16", {"causal": True}, rng)
