@@ -10,7 +10,8 @@ from ._rotary import at_least_float32
 
 def decode_attention(
     q, k, v, kv_lengths, *, page_table=None, batch_index=None, layer=None, scale=None, window=None,
-    softcap=None, alibi_slopes=None, sinks=None, return_lse=False, implementation=None,
+    softcap=None, alibi_slopes=None, sinks=None, shared_prefix_pages=0, return_lse=False,
+    implementation=None,
 ):  # fmt: skip
     """Attention of the last T tokens of each row over its cache, causal among themselves.
 
@@ -25,6 +26,10 @@ def decode_attention(
       batch_index: int32 `[B]`: the row of a contiguous cache that each query row reads; row
         `b % X` if None.
       layer: int32 scalar: the layer of a stacked cache.
+      shared_prefix_pages: How many pages all rows begin with, the same ones (an int), as those of a
+        system prompt. They are read once for all rows, where row 0 has them. Every row must hold
+        all of them before its new tokens: what else it gets is arbitrary. Needs a `page_table`, no
+        `window` and no `alibi_slopes`.
       scale, window, softcap, alibi_slopes, sinks, return_lse, implementation: As for
         `flash_attention`.
 
@@ -35,14 +40,30 @@ def decode_attention(
     Raises:
       ValueError, NotImplementedError: As for `flash_attention`. It has no gradient.
 
-    Source: Dao et al., Flash-Decoding, 2023.
+    Source: Dao et al., Flash-Decoding, 2023; Juravsky et al., Hydragen, 2024 (shared prefixes).
     """
     q = jnp.asarray(q)
     single = q.ndim == 3
     if single:
         q = q[:, None]
     _checks.queries("q", q, 4, "[B, N, H] or [B, T, N, H]")
-    batch, _, heads, _ = q.shape
+    batch, len_q, heads, dim = q.shape
+    if shared_prefix_pages and batch > 1:
+        same = dict(layer=layer, scale=scale, softcap=softcap, implementation=implementation)
+        prefix, rest = _split_prefix(
+            shared_prefix_pages, k, kv_lengths, page_table, batch_index, window, alibi_slopes
+        )
+        packed, starts = q.reshape(-1, heads, dim), jnp.array([0, batch * len_q], jnp.int32)
+        o, lse = hybrid_attention(
+            packed, k, v, starts, **prefix, causal=False, return_lse=True, **same
+        )
+        o, lse = o.reshape(batch, len_q, heads, -1), lse.reshape(heads, batch, len_q)
+        parts = [(o, jnp.swapaxes(lse, 0, 1))]
+        parts += [decode_attention(q, k, v, **rest, sinks=sinks, return_lse=True, **same)]
+        o, lse = merge_attention(*zip(*parts, strict=True))
+        if single:
+            o, lse = o[:, 0], lse[..., 0]
+        return (o, lse) if return_lse else o
     operands, static = _cache_call(
         q, k, v, kv_lengths, batch, page_table, batch_index, layer, scale, True, window, softcap,
         alibi_slopes, sinks, implementation,
@@ -61,7 +82,7 @@ def decode_attention(
 def hybrid_attention(
     q, k, v, cu_seqlens_q, kv_lengths, *, page_table=None, batch_index=None, layer=None,
     split_size=None, scale=None, causal=True, window=None, softcap=None, alibi_slopes=None,
-    sinks=None, return_lse=False, implementation=None,
+    sinks=None, shared_prefix_pages=0, return_lse=False, implementation=None,
 ):  # fmt: skip
     """Attention of any number of new tokens a row over a shared cache: prefill beside decoding.
 
@@ -78,6 +99,10 @@ def hybrid_attention(
         whatever else is in the batch. None: the sums may depend on the other rows' lengths, not
         on their order.
       causal: Whether new tokens see only keys up to themselves.
+      shared_prefix_pages: How many pages all rows begin with, the same ones (an int), as those of a
+        system prompt. They are read once for all rows, where row 0 has them. Every row must hold
+        all of them before its new tokens: what else it gets is arbitrary. Needs a `page_table`, no
+        `window` and no `alibi_slopes`.
       scale, window, softcap, alibi_slopes, sinks, return_lse, implementation: As for
         `flash_attention`.
 
@@ -91,6 +116,19 @@ def hybrid_attention(
     _checks.queries("q", q, 3, "[total_q, N, H]")
     cu_seqlens_q = _checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q)
     batch = cu_seqlens_q.shape[0] - 1
+    if shared_prefix_pages and batch > 1:
+        same = dict(layer=layer, split_size=split_size, scale=scale, softcap=softcap)
+        same |= dict(implementation=implementation, return_lse=True)
+        prefix, rest = _split_prefix(
+            shared_prefix_pages, k, kv_lengths, page_table, batch_index, window, alibi_slopes
+        )
+        starts = cu_seqlens_q[::batch]  # of one row that has all tokens
+        parts = [
+            hybrid_attention(q, k, v, starts, **prefix, causal=False, **same),
+            hybrid_attention(q, k, v, cu_seqlens_q, **rest, causal=causal, sinks=sinks, **same),
+        ]
+        o, lse = merge_attention(*zip(*parts, strict=True), packed=True)
+        return (o, lse) if return_lse else o
     operands, static = _cache_call(
         q, k, v, kv_lengths, batch, page_table, batch_index, layer, scale, causal, window, softcap,
         alibi_slopes, sinks, implementation,
@@ -146,6 +184,28 @@ def _cache_call(
     return operands, static
 
 
+def _split_prefix(pages, k, kv_lengths, page_table, batch_index, window, alibi_slopes):
+    """Arguments of a call over the first pages of row 0, and of one over what follows in each."""
+    if not isinstance(pages, int) or pages < 0:
+        raise ValueError(f"shared_prefix_pages must be an int >= 0, got {pages!r}")
+    if page_table is None or batch_index is not None:
+        raise ValueError("shared_prefix_pages needs a page_table, got None")
+    if window is not None or alibi_slopes is not None:
+        raise NotImplementedError(
+            "shared_prefix_pages with window or alibi_slopes: the prefix lies at another distance "
+            "from each row's queries; without them it is covered"
+        )
+    page_table, kv_lengths = jnp.asarray(page_table), jnp.asarray(kv_lengths)
+    if page_table.ndim != 2 or not pages < page_table.shape[1]:
+        raise ValueError(
+            f"page_table must be [B, max_pages] of more than {pages} pages, got {page_table.shape}"
+        )
+    length = pages * k.shape[-3]
+    prefix = {"page_table": page_table[:1, :pages], "kv_lengths": jnp.array([length], jnp.int32)}
+    behind = jnp.maximum(kv_lengths - jnp.array(length, kv_lengths.dtype), 0)
+    return prefix, {"page_table": page_table[:, pages:], "kv_lengths": behind}
+
+
 def cache_form(page_table, layer):
     """How the shape of a cache's array begins, for messages."""
     return ("[" if layer is None else "[L, ") + ("X, S, " if page_table is None else "P, page, ")
@@ -193,7 +253,8 @@ def merge_attention(outs, lses, *, packed=False):
     """Attention over the union of disjoint key sets, from its results over each.
 
     Args:
-      outs: `[parts, B, T, N, H]`, `[parts, B, N, H]`, or packed `[parts, total_q, N, H]`.
+      outs: `[parts, B, T, N, H]`, `[parts, B, N, H]`, or packed `[parts, total_q, N, H]`; or a
+        sequence of arrays.
       lses: `[parts, B, N, T]`, `[parts, B, N]`, or packed `[parts, N, total_q]`, float.
       packed: Whether the results are packed, as those of varlen and hybrid are.
 

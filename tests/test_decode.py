@@ -270,6 +270,64 @@ def test_lengths_past_the_capacity_read_no_further(rng):
     assert_close(out, expected, 5e-6)
 
 
+# --- shared prefixes ---
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sinks": True}, {"split_size": 64}])
+@pytest.mark.parametrize("dtype, layers", [("float32", None), ("int8", 2)])
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_a_shared_prefix_changes_nothing(tokens, dtype, layers, options, rng):
+    lengths = np.array([19, 24, 11 if tokens else 9], np.int32)
+    cache, wide = filled(rng, "paged", lengths, layers, dtype)
+    table = jnp.asarray(TABLE).at[:, 0].set(TABLE[0, 0])
+    maps = {"page_table": table} | ({} if layers is None else {"layer": jnp.int32(1)})
+    options = dict(options, sinks=cases.normal(rng, 4)) if "sinks" in options else dict(options)
+    expected = dict(options)
+    split_size = expected.pop("split_size", None)
+    q = cases.normal(rng, *((3,) if tokens is None else (3, tokens)), 4, DIM)
+    if split_size is None:
+
+        @jax.jit
+        def decode(q, cache, lengths, maps):
+            return jax_fa.decode_attention(
+                q, cache.k, cache.v, lengths, shared_prefix_pages=1, return_lse=True, **maps,
+                **options,
+            )  # fmt: skip
+
+        out, lse = decode(q, cache, lengths, maps)
+        four = q if tokens else q[:, None]
+        ref, ref_lse = reference.decode(four, *wide, lengths, **maps, **expected)
+        assert_close(out, ref if tokens else ref[:, 0], 5e-6)
+        assert_close(lse, ref_lse if tokens else ref_lse[..., 0], 5e-6)
+    # the last row has no token, and one is padding
+    packed, starts = cases.normal(rng, 7, 4, DIM), cases.cu_seqlens([2, 4, 0])
+    out, lse = jax_fa.hybrid_attention(
+        packed, cache.k, cache.v, starts, jnp.asarray(lengths), shared_prefix_pages=1,
+        return_lse=True, **maps, **options,
+    )  # fmt: skip
+    ref, ref_lse = reference.hybrid(packed, *wide, starts, lengths, **maps, **expected)
+    assert_close(out, ref, 5e-6)
+    assert_close(lse, ref_lse, 5e-6)
+
+
+def test_shared_prefixes_that_are_refused(rng):
+    cache, _ = filled(rng, "paged", [19, 24, 9])
+    q, lengths = cases.normal(rng, 3, 4, DIM), jnp.array([19, 24, 9], jnp.int32)
+
+    def call(pages=1, table=cache.page_table, **options):
+        options = dict(page_table=table, shared_prefix_pages=pages) | options
+        return jax_fa.decode_attention(q, cache.k, cache.v, lengths, **options)
+
+    with pytest.raises(ValueError, match="shared_prefix_pages needs a page_table"):
+        call(table=None, batch_index=jnp.zeros((3,), jnp.int32))
+    with pytest.raises(ValueError, match="of more than 3 pages, got"):
+        call(3)
+    with pytest.raises(ValueError, match="must be an int >= 0, got -1"):
+        call(-1)
+    with pytest.raises(NotImplementedError, match="with window or alibi_slopes"):
+        call(window=4)
+
+
 # --- merge ---
 
 

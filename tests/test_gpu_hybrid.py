@@ -124,6 +124,36 @@ def test_hybrid_over_quantized_keys(dtype, granularity, size, kind, page, layers
     )
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_shared_prefixes(dtype, rng):
+    cache, wide, maps = filled(rng, "paged", 5, 900, 2, 128, dtype)
+    table = maps["page_table"]
+    table = table.at[:, :20].set(table[:1, :20])
+    maps = {"page_table": table}
+    lengths = np.array([900, 321, 333, 640, 500], np.int32)
+    q = cases.normal(rng, 5, 2, 8, 128, dtype=jnp.bfloat16)
+    decoded = np.maximum(lengths, 322)  # two tokens behind the prefix
+
+    @jax.jit
+    def decode(q, cache, lengths, maps):
+        return jax_fa.decode_attention(
+            q, *cache, lengths, shared_prefix_pages=20, return_lse=True, **maps
+        )
+
+    check(
+        decode(q, cache, decoded, maps),
+        lambda rounded: reference.decode(q, *wide, decoded, rounded=rounded, **maps),
+        "bfloat16",
+    )
+    packed = cases.normal(rng, 400, 8, 128, dtype=jnp.bfloat16)
+    cu = cases.cu_seqlens([1, 1, 8, 300, 77])
+    check(
+        run_hybrid(packed, cache, cu, lengths, maps, shared_prefix_pages=20),
+        lambda rounded: reference.hybrid(packed, *wide, cu, lengths, rounded=rounded, **maps),
+        "bfloat16",
+    )
+
+
 @pytest.mark.parametrize("counts", [[1, 1, 1], [1, 3, 64]], ids=str)
 def test_hybrid_of_long_rows_is_split_and_deterministic(counts, rng):
     cache, wide, maps = filled(rng, "paged", 3, 20011, 2, 128, "bfloat16")
