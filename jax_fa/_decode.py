@@ -27,9 +27,9 @@ def decode_attention(
         `b % X` if None.
       layer: int32 scalar: the layer of a stacked cache.
       shared_prefix_pages: How many pages all rows begin with, the same ones (an int), as those of a
-        system prompt. They are read once for all rows, where row 0 has them. Every row must hold
-        all of them before its new tokens: what else it gets is arbitrary. Needs a `page_table`, no
-        `window` and no `alibi_slopes`.
+        system prompt: they are read once for all rows. A row that does not hold all of them before
+        its new tokens gets arbitrary numbers. Needs a `page_table`, no `window` and no
+        `alibi_slopes`.
       scale, window, softcap, alibi_slopes, sinks, return_lse, implementation: As for
         `flash_attention`.
 
@@ -48,11 +48,12 @@ def decode_attention(
         q = q[:, None]
     _checks.queries("q", q, 4, "[B, N, H] or [B, T, N, H]")
     batch, len_q, heads, dim = q.shape
-    if shared_prefix_pages and batch > 1:
+    pages = _checks.bound("shared_prefix_pages", shared_prefix_pages)
+    if pages:
+        _check_prefix(pages, page_table, batch_index, window, alibi_slopes)
+    if pages and batch > 1:
         same = dict(layer=layer, scale=scale, softcap=softcap, implementation=implementation)
-        prefix, rest = _split_prefix(
-            shared_prefix_pages, k, kv_lengths, page_table, batch_index, window, alibi_slopes
-        )
+        prefix, rest = _split_prefix(pages, k, kv_lengths, page_table)
         packed, starts = q.reshape(-1, heads, dim), jnp.array([0, batch * len_q], jnp.int32)
         o, lse = hybrid_attention(
             packed, k, v, starts, **prefix, causal=False, return_lse=True, **same
@@ -99,10 +100,7 @@ def hybrid_attention(
         whatever else is in the batch. None: the sums may depend on the other rows' lengths, not
         on their order.
       causal: Whether new tokens see only keys up to themselves.
-      shared_prefix_pages: How many pages all rows begin with, the same ones (an int), as those of a
-        system prompt. They are read once for all rows, where row 0 has them. Every row must hold
-        all of them before its new tokens: what else it gets is arbitrary. Needs a `page_table`, no
-        `window` and no `alibi_slopes`.
+      shared_prefix_pages: As for `decode_attention`; not with `split_size`.
       scale, window, softcap, alibi_slopes, sinks, return_lse, implementation: As for
         `flash_attention`.
 
@@ -116,12 +114,13 @@ def hybrid_attention(
     _checks.queries("q", q, 3, "[total_q, N, H]")
     cu_seqlens_q = _checks.cu_seqlens("cu_seqlens_q", cu_seqlens_q)
     batch = cu_seqlens_q.shape[0] - 1
-    if shared_prefix_pages and batch > 1:
-        same = dict(layer=layer, split_size=split_size, scale=scale, softcap=softcap)
+    pages = _checks.bound("shared_prefix_pages", shared_prefix_pages)
+    if pages:
+        _check_prefix(pages, page_table, batch_index, window, alibi_slopes, split_size)
+    if pages and batch > 1:
+        same = dict(layer=layer, scale=scale, softcap=softcap)
         same |= dict(implementation=implementation, return_lse=True)
-        prefix, rest = _split_prefix(
-            shared_prefix_pages, k, kv_lengths, page_table, batch_index, window, alibi_slopes
-        )
+        prefix, rest = _split_prefix(pages, k, kv_lengths, page_table)
         starts = cu_seqlens_q[::batch]  # of one row that has all tokens
         parts = [
             hybrid_attention(q, k, v, starts, **prefix, causal=False, **same),
@@ -184,25 +183,36 @@ def _cache_call(
     return operands, static
 
 
-def _split_prefix(pages, k, kv_lengths, page_table, batch_index, window, alibi_slopes):
-    """Arguments of a call over the first pages of row 0, and of one over what follows in each."""
-    if not isinstance(pages, int) or pages < 0:
-        raise ValueError(f"shared_prefix_pages must be an int >= 0, got {pages!r}")
-    if page_table is None or batch_index is not None:
+def _check_prefix(pages, page_table, batch_index, window, alibi_slopes, split_size=None):
+    if page_table is None:
         raise ValueError("shared_prefix_pages needs a page_table, got None")
+    if batch_index is not None:
+        raise ValueError("batch_index must be None with a page_table, which maps rows itself")
+    table = jnp.shape(page_table)
+    if len(table) != 2 or pages >= table[1]:
+        raise ValueError(f"page_table must be [B, max_pages > {pages}], got {table}")
     if window is not None or alibi_slopes is not None:
         raise NotImplementedError(
             "shared_prefix_pages with window or alibi_slopes: the prefix lies at another distance "
             "from each row's queries; without them it is covered"
         )
-    page_table, kv_lengths = jnp.asarray(page_table), jnp.asarray(kv_lengths)
-    if page_table.ndim != 2 or not pages < page_table.shape[1]:
-        raise ValueError(
-            f"page_table must be [B, max_pages] of more than {pages} pages, got {page_table.shape}"
+    if split_size is not None:
+        raise NotImplementedError(
+            "shared_prefix_pages with split_size: queries of all rows share the tiles of the "
+            "prefix, so that their bits depend on one another; without it it is covered"
         )
-    length = pages * k.shape[-3]
-    prefix = {"page_table": page_table[:1, :pages], "kv_lengths": jnp.array([length], jnp.int32)}
-    behind = jnp.maximum(kv_lengths - jnp.array(length, kv_lengths.dtype), 0)
+
+
+def _split_prefix(pages, k, kv_lengths, page_table):
+    """Arguments of a call over the first pages, and of one over what follows them in each row."""
+    page_table, kv_lengths = jnp.asarray(page_table), jnp.asarray(kv_lengths)
+    length = jnp.array(pages * k.shape[-3], kv_lengths.dtype)
+    longest = jnp.argmax(kv_lengths)  # it has the pages, if any row has: others may be idle
+    prefix = {
+        "page_table": page_table[longest][None, :pages],
+        "kv_lengths": jnp.where(kv_lengths[longest] < length, 0, length)[None],
+    }
+    behind = jnp.maximum(kv_lengths - length, 0)
     return prefix, {"page_table": page_table[:, pages:], "kv_lengths": behind}
 
 

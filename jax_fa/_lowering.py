@@ -92,25 +92,38 @@ def decodes(operands, static):
     they take up to twelve times as long (H200, T = 1, 32 heads on one, 32 x 2048 keys).
     """
     q, k, v = (operands[name] for name in "qkv")
-    if static["layout"] != _layout.SEPARATE or q.dtype == np.float32 or k.shape[0] != v.shape[0]:
+    if not all(isinstance(size, int) for size in q.shape + k.shape):  # symbolic
+        return False
+    return _means_the_same(operands, static) and _is_faster(q.shape, k.shape, v.shape[-1])
+
+
+def _means_the_same(operands, static):
+    """Whether the decode kernel has the features of a dense call."""
+    q, k, v = (operands[name] for name in "qkv")
+    if static["layout"] != _layout.SEPARATE or not q.dtype == k.dtype == v.dtype:
+        return False
+    if q.dtype == np.float32 or max(q.shape[-1], v.shape[-1]) > 256 or k.shape[0] != v.shape[0]:
         return False
     if any(operands[name].shape != (0,) for name in ("bias", "q_lengths", "seeds")):
         return False
-    batch, len_q, heads, dim = q.shape
-    len_kv = k.shape[1]
     # the diagonal of decoding ends at the last key
-    square = len_q == len_kv and operands["kv_lengths"].shape == (0,)
+    square = q.shape[1] == k.shape[1] and operands["kv_lengths"].shape == (0,)
     masked = static["window_left"] >= 0 or static["window_right"] >= 0
-    if static["top_left"] and not square and (masked or operands["slopes"].shape != (0,)):
-        return False
-    group = heads // k.shape[2]
+    diagonal = masked or operands["slopes"].shape != (0,)
+    return square or not (static["top_left"] and diagonal)
+
+
+def _is_faster(q, k, dim_v):
+    """As measured on an H200; q and k are shapes."""
+    batch, len_q, heads, dim = q
+    group = heads // k[2]
     columns = group * len_q  # of the decode kernel's tiles
     if batch > _limits.MAX_DECODE_BATCH or len_q > 16 or columns > 64:
         return False
-    if columns <= (8 if max(dim, v.shape[-1]) > 128 else 16):
+    if columns <= (8 if max(dim, dim_v) > 128 else 16):
         return True
-    # measured on an H200: else prefill wins while all its tiles run at once and keys are few
-    return len_kv >= 2048 or (group > 1 and batch * heads >= 512)
+    # else prefill wins while all its tiles run at once and keys are few
+    return k[1] >= 2048 or (group > 1 and batch * heads >= 512)
 
 
 def as_decode(operands, static):

@@ -1,8 +1,9 @@
 """One JAX primitive per operation: abstract evaluation, batching, and a lowering per platform.
 
 A primitive carries the name of its FFI handler in cuda/ffi.cc, which is what the jaxpr and the HLO
-print. Elsewhere than on CUDA, and for the names in REFERENCE_ONLY everywhere, it lowers to the
-function of that name in `_reference`; so do gradients that no kernel covers.
+print (but a jax_fa_fwd of few queries lowers to the handler of jax_fa_decode). Elsewhere than on
+CUDA, and for the names in REFERENCE_ONLY everywhere, it lowers to the function of that name in
+`_reference`; so do gradients that no kernel covers.
 
 Operands, each with the way it behaves under vmap (`Kind`):
 

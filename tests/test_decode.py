@@ -273,7 +273,7 @@ def test_lengths_past_the_capacity_read_no_further(rng):
 # --- shared prefixes ---
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sinks": True}, {"split_size": 64}])
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"sinks": True}])
 @pytest.mark.parametrize("dtype, layers", [("float32", None), ("int8", 2)])
 @pytest.mark.parametrize("tokens", [None, 3])
 def test_a_shared_prefix_changes_nothing(tokens, dtype, layers, options, rng):
@@ -281,33 +281,46 @@ def test_a_shared_prefix_changes_nothing(tokens, dtype, layers, options, rng):
     cache, wide = filled(rng, "paged", lengths, layers, dtype)
     table = jnp.asarray(TABLE).at[:, 0].set(TABLE[0, 0])
     maps = {"page_table": table} | ({} if layers is None else {"layer": jnp.int32(1)})
-    options = dict(options, sinks=cases.normal(rng, 4)) if "sinks" in options else dict(options)
-    expected = dict(options)
-    split_size = expected.pop("split_size", None)
+    options = {"sinks": cases.normal(rng, 4)} if "sinks" in options else options
     q = cases.normal(rng, *((3,) if tokens is None else (3, tokens)), 4, DIM)
-    if split_size is None:
 
-        @jax.jit
-        def decode(q, cache, lengths, maps):
-            return jax_fa.decode_attention(
-                q, cache.k, cache.v, lengths, shared_prefix_pages=1, return_lse=True, **maps,
-                **options,
-            )  # fmt: skip
+    @jax.jit
+    def decode(q, cache, lengths, maps):
+        return jax_fa.decode_attention(
+            q, cache.k, cache.v, lengths, shared_prefix_pages=1, return_lse=True, **maps, **options
+        )
 
-        out, lse = decode(q, cache, lengths, maps)
-        four = q if tokens else q[:, None]
-        ref, ref_lse = reference.decode(four, *wide, lengths, **maps, **expected)
-        assert_close(out, ref if tokens else ref[:, 0], 5e-6)
-        assert_close(lse, ref_lse if tokens else ref_lse[..., 0], 5e-6)
+    out, lse = decode(q, cache, lengths, maps)
+    four = q if tokens else q[:, None]
+    ref, ref_lse = reference.decode(four, *wide, lengths, **maps, **options)
+    assert_close(out, ref if tokens else ref[:, 0], 5e-6)
+    assert_close(lse, ref_lse if tokens else ref_lse[..., 0], 5e-6)
     # the last row has no token, and one is padding
     packed, starts = cases.normal(rng, 7, 4, DIM), cases.cu_seqlens([2, 4, 0])
     out, lse = jax_fa.hybrid_attention(
         packed, cache.k, cache.v, starts, jnp.asarray(lengths), shared_prefix_pages=1,
         return_lse=True, **maps, **options,
     )  # fmt: skip
-    ref, ref_lse = reference.hybrid(packed, *wide, starts, lengths, **maps, **expected)
+    ref, ref_lse = reference.hybrid(packed, *wide, starts, lengths, **maps, **options)
     assert_close(out, ref, 5e-6)
     assert_close(lse, ref_lse, 5e-6)
+
+
+@pytest.mark.parametrize("idle", [[0], [0, 2], [0, 1, 2]])
+def test_rows_of_a_shared_prefix_may_be_idle(idle, rng):
+    cache, wide = filled(rng, "paged", [19, 24, 9])
+    table = TABLE.copy()
+    table[:, 0], table[idle] = TABLE[1, 0], -1
+    lengths = np.array([19, 24, 17], np.int32)
+    lengths[idle] = 0
+    q, table = cases.normal(rng, 3, 4, DIM), jnp.asarray(table)
+    out = jax_fa.decode_attention(
+        q, cache.k, cache.v, jnp.asarray(lengths), page_table=table, shared_prefix_pages=1
+    )
+    ref, _ = reference.decode(q[:, None], *wide, lengths, page_table=table)
+    live = lengths > 0
+    assert_close(out[live], ref[live, 0], 5e-6)
+    assert np.isfinite(out).all()
 
 
 def test_shared_prefixes_that_are_refused(rng):
@@ -320,10 +333,17 @@ def test_shared_prefixes_that_are_refused(rng):
 
     with pytest.raises(ValueError, match="shared_prefix_pages needs a page_table"):
         call(table=None, batch_index=jnp.zeros((3,), jnp.int32))
-    with pytest.raises(ValueError, match="of more than 3 pages, got"):
+    with pytest.raises(ValueError, match="batch_index must be None with a page_table"):
+        call(batch_index=jnp.zeros((3,), jnp.int32))
+    with pytest.raises(ValueError, match=r"must be \[B, max_pages > 3\], got"):
         call(3)
     with pytest.raises(ValueError, match="must be an int >= 0, got -1"):
         call(-1)
+    with pytest.raises(NotImplementedError, match="shared_prefix_pages with split_size"):
+        jax_fa.hybrid_attention(
+            q, cache.k, cache.v, cases.cu_seqlens([1, 1, 1]), lengths,
+            page_table=cache.page_table, shared_prefix_pages=1, split_size=64,
+        )  # fmt: skip
     with pytest.raises(NotImplementedError, match="with window or alibi_slopes"):
         call(window=4)
 

@@ -40,12 +40,13 @@ def step(cache, q, k):
 if paged:
     table = jnp.arange(32, dtype=jnp.int32).reshape(2, 16)
     cache = dataclasses.replace(cache, page_table=table)
-q, k = jnp.ones((2, 1, 8, 64), jnp.bfloat16), jnp.ones((2, 1, 2, 64), jnp.bfloat16)
+q, k = jnp.zeros((2, 1, 8, 64), jnp.bfloat16), jnp.ones((2, 1, 2, 64), jnp.bfloat16)
 step = step.lower(cache, q, k).compile()
 for length in range(1, 5):  # the first runs capture and update, the others replay
-    cache, out = step(cache, q, k)
+    cache, out = step(cache, q, length * k)
     np.testing.assert_array_equal(cache.lengths, length)
-    np.testing.assert_allclose(out.astype(jnp.float32), 2, rtol=0.02)
+    # of both calls the mean of 1 to length
+    np.testing.assert_allclose(out.astype(jnp.float32), length + 1, rtol=0.02)
 """
 
 

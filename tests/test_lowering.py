@@ -91,6 +91,19 @@ def test_few_queries_are_decoded(q, kv, options, kernel):
     assert call.primitive == "jax_fa_fwd" and (call.kernel == "decode") == (kernel == "decode")
 
 
+@pytest.mark.parametrize("shapes", [
+    (("b", 128, 8, 64), ("b", 128, 2, 64)), (("b", 1, 8, 64), ("b", 128, 2, 64)),
+    ((2, 5, 8, 64), (2, "b", 2, 64)), ((2, "b", 8, 64), (2, "b", 2, 64)),
+], ids=str)  # fmt: skip
+def test_symbolic_shapes_are_exported(shapes):
+    (b,) = jax.export.symbolic_shape("b")
+    q, k = (tuple(b if x == "b" else x for x in shape) for shape in shapes)
+    exported = jax.export.export(
+        jax.jit(flash), platforms=["cuda"], disabled_checks=jax_fa.DISABLED_EXPORT_CHECKS
+    )(*avals(q, k, k))
+    assert "jax_fa_fwd" in exported.mlir_module()
+
+
 def test_few_queries_are_decoded_where_their_diagonal_is_that_of_decoding():
     def drop_in(len_q, **options):
         def fn(q, k):

@@ -116,7 +116,7 @@ __device__ Slot find_slot(const AppendParams& p, int token) {
 }
 
 template <typename T, int kSize>
-struct alignas(sizeof(T) * kSize) Vector {
+struct alignas(std::min<size_t>(sizeof(T) * kSize, 16)) Vector {
   T x[kSize];
 };
 
