@@ -126,8 +126,7 @@ struct KeyConsumer : KeyRows<Traits> {
       __syncwarp();  // of all lanes' waits
       release(shared.k_empty[k_ring.at()]);
       release(shared.v_empty);
-      this->store_dk(dk);
-      this->store_dv(dv);
+      this->store(dk, dv);
       __syncwarp();  // all lanes have read the work
       release(shared.work_empty[works.at()]);
     }

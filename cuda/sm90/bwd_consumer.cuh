@@ -236,26 +236,29 @@ struct KeyRows {
 
   // --- the epilogue ---
 
-  __device__ void store(const float (&x)[kHeadDim / 2], void* out, int64_t row_stride,
-                        int64_t token_stride, float scale, int dims) {
-    const KeyTile& keys = work().keys;
+  // Null: the other warpgroup of these keys has it.
+  template <class Dk, class Dv>
+  __device__ void store(const Dk& dk, const Dv& dv) {
+    const KeyWork& work = this->work();
+    const KeyTile& keys = work.keys;
+    const AttentionParams& fwd = params.fwd;
     const bool live[2] = {keys.row0 + row < keys.len_kv, keys.row0 + row + 8 < keys.len_kv};
-    auto* gX = static_cast<typename Traits::Element*>(out) +
-               (params.fwd.q_start ? 0 : keys.b * row_stride) + (keys.token0 + row) * token_stride +
-               int64_t(keys.head) * dims;
-    store_rows<Traits>(x, scale, dims, live, [&](int h) {
-      return row + h * 8 < keys.rows ? gX + h * 8 * token_stride : nullptr;
-    });
-  }
-
-  __device__ void store_dk(const float (&dk)[kHeadDim / 2]) {
-    store(dk, params.dk, params.dk_row_stride, params.dk_token_stride, params.fwd.scale,
-          params.fwd.head_dim);
-  }
-
-  __device__ void store_dv(const float (&dv)[kHeadDim / 2]) {
-    store(dv, params.dv, params.dv_row_stride, params.dv_token_stride,
-          Traits::kDropout ? params.fwd.dropout_scale : 1.f, params.fwd.head_dim_v);
+    const auto write = [&](const float (&x)[kHeadDim / 2], void* out, int64_t row_stride,
+                           int64_t token_stride, float scale, int dims) {
+      auto* gX = static_cast<typename Traits::Element*>(out) +
+                 (fwd.q_start ? 0 : keys.b * row_stride) + (keys.token0 + row) * token_stride +
+                 int64_t(keys.head) * dims;
+      store_rows<Traits>(x, scale, dims, live, [&](int h) {
+        return row + h * 8 < keys.rows ? gX + h * 8 * token_stride : nullptr;
+      });
+    };
+    if constexpr (!std::is_null_pointer_v<Dk>) {
+      write(dk, params.dk, params.dk_row_stride, params.dk_token_stride, fwd.scale, fwd.head_dim);
+    }
+    if constexpr (!std::is_null_pointer_v<Dv>) {
+      write(dv, params.dv, params.dv_row_stride, params.dv_token_stride,
+            Traits::kDropout ? fwd.dropout_scale : 1.f, fwd.head_dim_v);
+    }
   }
 };
 

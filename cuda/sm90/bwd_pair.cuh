@@ -132,7 +132,7 @@ struct ProbabilityConsumer : PairConsumer<Traits> {
   __device__ void run() {
     this->walk(
         shared.k_full, shared.k_empty, [&](int head, int row0) { step(head, row0); },
-        [&] { this->store_dv(sum); });
+        [&] { this->store(nullptr, sum); });
   }
 };
 
@@ -224,7 +224,7 @@ struct GradientConsumer : PairConsumer<Traits> {
   __device__ void run() {
     this->walk(
         shared.v_full, shared.v_empty, [&](int head, int row0) { step(head, row0); },
-        [&] { this->store_dk(sum); });
+        [&] { this->store(sum, nullptr); });
   }
 };
 

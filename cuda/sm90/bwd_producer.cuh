@@ -291,16 +291,13 @@ struct TermAdder {
  private:
   __device__ void step(const KeyWork& work, int head, int row0) {
     const int64_t slot = int64_t(head) * params.slots + work.slot0 + row0 / kBwdSumQueries;
-    const int part = Traits::kPair ? ptx::cluster_rank() : 0;  // of the dims
-    float* const gSums = params.backward.dq_sum + slot * DqSums<Traits>::kTileFloats +
-                         DqSums<Traits>::place(part * Traits::kSumDims / 8);
-    int* const turn = params.turns + (Traits::kPair ? slot * 2 + part : slot);
+    float* const gSums = params.backward.dq_sum + slot * DqSums<Traits>::kTileFloats + first_sum();
     const bool waits = params.turns && row0 < work.shared_end;  // somebody comes before
     for_each_term<Traits>(work, row0, [&](int m, int dim) {
       const int at = terms.at();
       ptx::barrier_wait(shared.terms_full[at], terms.parity());
       if (waits && m == 0 && dim == 0) {
-        wait_turn(turn, work.keys.row0 / Traits::kBlockM);
+        wait_turn(turn(slot), work.keys.row0 / Traits::kBlockM);
       }
       ptx::bulk_add(gSums + m * DqSums<Traits>::kTileFloats + DqSums<Traits>::place(dim / 8),
                     ptx::shared_address(shared.terms[at]), sizeof(shared.terms[at]));
@@ -311,7 +308,18 @@ struct TermAdder {
     });
     if (!params.turns) return;
     ptx::bulk_wait();
-    ptx::store_release(turn, work.keys.row0 / Traits::kBlockM + 1);
+    ptx::store_release(turn(slot), work.keys.row0 / Traits::kBlockM + 1);
+  }
+
+  // Of a pair, each block has dims and turns of its own.
+  __device__ static int first_sum() {
+    if constexpr (!Traits::kPair) return 0;
+    return DqSums<Traits>::place(ptx::cluster_rank() * (Traits::kSumDims / 8));
+  }
+
+  __device__ int* turn(int64_t slot) const {
+    if constexpr (!Traits::kPair) return params.turns + slot;
+    return params.turns + slot * 2 + ptx::cluster_rank();
   }
 
   __device__ static void wait_turn(const int* turn, int tile) {
