@@ -223,7 +223,7 @@ int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim
   int64_t turns = 0;
   if (deterministic) {
     if (!hopper_allowed() || !bwd_sm90_has_tile(tile_dim, dtype)) return 0;
-    turns = bwd_sm90_turns(packed, batch, len_q, total_q, heads_q);
+    turns = bwd_sm90_turns(packed, batch, len_q, total_q, heads_q, tile_dim);
   }
   return bwd_dq_sum_size(packed, batch, len_q, total_q, heads_q, tile_dim, dtype) + turns;
 }
@@ -278,7 +278,14 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
   if (runs_hopper_backward(p, tile_dim, options.capability)) {
     const BwdHopperTile tile = bwd_sm90_tile(tile_dim, options.general);
     const int64_t tiles = bwd_sm90_order(p, tile.m, options.masked || deterministic).total;
-    return {"sm90/bwd", tile.n, tile.m, tile_dim, tile.warps, 1, std::min(options.sms, tiles)};
+    const int blocks = bwd_sm90_pairs(tile_dim) ? 2 : 1;
+    return {"sm90/bwd",
+            tile.n,
+            tile.m,
+            tile_dim,
+            tile.warps,
+            1,
+            std::min(options.sms / blocks, tiles) * blocks};
   }
   const bool general = options.general || options.bias || options.dropout;
   const bool with_dq = !deterministic && sums_dq(tile_dim, dtype, general, options.shared_kb << 10);

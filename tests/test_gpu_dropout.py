@@ -57,6 +57,7 @@ SHAPES = [
     cases.Shape(2, 139, 203, 3, 3, 64),
     cases.Shape(1, 67, 331, 2, 2, 96),
     cases.Shape(2, 203, 139, 2, 2, 128),
+    cases.Shape(1, 67, 331, 2, 2, 192),
     cases.Shape(1, 131, 77, 2, 2, 256),
 ]
 

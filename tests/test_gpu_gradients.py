@@ -19,7 +19,7 @@ import jax_fa
 pytestmark = pytest.mark.gpu
 
 ATOL = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 2e-3}
-HEAD_DIMS = [40, 64, 72, 96, 128, 160, 256]
+HEAD_DIMS = [40, 64, 72, 96, 128, 160, 192, 200, 256]
 NAMES = ("dq", "dk", "dv", "dbias", "dsinks")
 
 
@@ -246,7 +246,8 @@ def test_features_without_atomics(names, rng):
     ids="-".join,
 )
 @pytest.mark.parametrize(
-    "dtype, head_dim", [("float16", 128), ("float32", 96), ("bfloat16", 96), ("bfloat16", 256)]
+    "dtype, head_dim",
+    [("float16", 128), ("float32", 96), ("bfloat16", 96), ("float16", 192), ("bfloat16", 256)],
 )
 def test_features_of_other_dtypes(dtype, head_dim, names, rng):
     shape = cases.Shape(2, 67, 131, 4, 4, head_dim)
@@ -275,26 +276,36 @@ def test_groups(group, rng):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (200, 30)}], ids=str)
-@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float16", 96), ("bfloat16", 128)])
+@pytest.mark.parametrize(
+    "dtype, head_dim",
+    [("bfloat16", 64), ("float16", 96), ("bfloat16", 128), ("float16", 192), ("bfloat16", 256)],
+)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_more_tiles_of_keys_than_multiprocessors(deterministic, dtype, head_dim, options, rng):
     shape = cases.Shape(4, 300, 700, 12, 6, head_dim)
     check_dense(shape, dtype, options, rng, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("head_dim", [128, 200])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_lengths_that_leave_whole_tiles_of_keys_to_nobody(deterministic, rng):
+def test_lengths_that_leave_whole_tiles_of_keys_to_nobody(deterministic, head_dim, rng):
     options = {
         "q_lengths": jnp.array([300, 0, 129, 64], jnp.int32),
         "kv_lengths": jnp.array([400, 77, 0, 128], jnp.int32),
         "causal": True,
     }
-    shape = cases.Shape(4, 300, 400, 4, 2, 128)
+    shape = cases.Shape(4, 300, 400, 4, 2, head_dim)
     check_dense(shape, "bfloat16", options, rng, deterministic=deterministic)
 
 
 @pytest.mark.parametrize(
-    "shape", [cases.Shape(4, 300, 640, 8, 8, 128), cases.Shape(80, 64, 128, 8, 8, 64)], ids=str
+    "shape",
+    [
+        cases.Shape(4, 300, 640, 8, 8, 128),
+        cases.Shape(80, 64, 128, 8, 8, 64),
+        cases.Shape(4, 300, 640, 8, 8, 256),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_blocks_that_take_keys_of_nobody_after_others(deterministic, shape, rng):
@@ -399,7 +410,7 @@ LENGTHS_Q, LENGTHS_K = [0, 70, 1, 0, 129, 5], [3, 70, 200, 0, 131, 0]
     "dtype, dim, dim_v",
     [
         ("bfloat16", 64, 64), ("float16", 128, 128), ("float32", 72, 72), ("bfloat16", 128, 64),
-        ("bfloat16", 40, 128),
+        ("bfloat16", 40, 128), ("bfloat16", 256, 256), ("float16", 160, 192),
     ],
 )  # fmt: skip
 def test_varlen(dtype, dim, dim_v, names, deterministic, rng):
@@ -451,7 +462,7 @@ def test_varlen(dtype, dim, dim_v, names, deterministic, rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(
     "mask", [{}, {"causal": True}, {"window": (250, 40)}, {"dropout_rate": 0.2}], ids=str
 )
@@ -556,7 +567,9 @@ def test_quantized_keys_run_through_the_reference(rng):
 @pytest.mark.sanitize
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [(d, d) for d in (40, 64, 96, 128, 256)] + [(64, 128)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(d, d) for d in (40, 64, 96, 128, 192, 256)] + [(64, 128)], ids=str
+)
 def test_sanitize_gradients(dims, dtype, deterministic, rng):
     shape = cases.Shape(2, 17, 35, 2, 1, *dims)
     names = ("causal", "softcap", "alibi", "sinks", "bias", "kv_lengths")

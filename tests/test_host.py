@@ -317,13 +317,14 @@ def test_explain_of_a_gradient_names_its_kernels():
     assert kernels(jnp.bfloat16, "a100", 128) == ["sm80/fwd", "sm80/bwd_shared"]
     assert kernels(jnp.bfloat16, "l40s", 128) == ["sm80/fwd", both]  # too little shared memory
     assert kernels(jnp.bfloat16, "a100", deterministic=True) == ["sm80/fwd", both]
-    for head_dim in (64, 96, 128):
+    for head_dim in (64, 96, 128, 192, 256):
         assert kernels(jnp.bfloat16, "h200", head_dim) == ["sm90/fwd", "sm90/bwd"]
         assert kernels(jnp.float16, "h200", head_dim, softcap=5.0) == ["sm90/fwd", "sm90/bwd"]
     assert kernels(jnp.float32, "h200") == ["sm80/fwd", both]
-    assert kernels(jnp.bfloat16, "h200", 256) == ["sm90/fwd", "sm80/bwd_shared"]
+    assert kernels(jnp.bfloat16, "a100", 256) == ["sm80/fwd", "sm80/bwd_shared"]
     assert kernels(jnp.bfloat16, "h200", deterministic=True) == ["sm90/fwd", "sm90/bwd"]
-    assert kernels(jnp.bfloat16, "h200", 256, deterministic=True) == ["sm90/fwd", both]
+    assert kernels(jnp.bfloat16, "h200", 256, deterministic=True) == ["sm90/fwd", "sm90/bwd"]
+    assert kernels(jnp.bfloat16, "a100", 256, deterministic=True) == ["sm80/fwd", both]
     bias = jnp.zeros((1, 1, 64, 64))
     assert kernels(jnp.bfloat16, "h200", bias=bias) == ["sm80/fwd", "sm80/bwd_keys"]
 
@@ -419,7 +420,7 @@ def test_explain_of_narrow_values_has_wider_tiles_of_keys():
 
 def test_explain_of_gradients_of_two_head_dims():
     forward, backward = explain_heads(192, 128, grad=True)
-    assert backward.kernel == "sm80/bwd_shared" and backward.tile[2] == 192
+    assert backward.kernel == "sm90/bwd" and backward.tile[2] == 192
     assert backward.flops == 2 * (3 * 192 + 2 * 128) * 4 * 512 * 512
     assert explain_heads(64, 96, grad=True)[1].kernel == "sm90/bwd"
     forward, backward = explain_heads(512, 512, grad=True)

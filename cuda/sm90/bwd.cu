@@ -1,11 +1,12 @@
 // Gradients of attention on Hopper: dq, dk and dv of o = softmax(score(q k^T)) v in one pass of 5
 // products, with bulk tensor copies (TMA), warpgroup products (wgmma) and warps of different roles.
 //
-// One block per SM walks tiles of 128 keys of one key head, and for each the tiles of queries that
-// see some of them, for each query head of its group. Its first warpgroup produces
-// (bwd_producer.cuh): warp 0 says which keys come next, warp 1 starts the copies of keys, values,
-// queries and the gradients of their outputs, warp 2 clears rows past a length. Two warpgroups own
-// 64 keys each, with dk and dv in registers: they are whole in the end. Per tile of queries
+// Up to head_dim 128 (past it: bwd_pair.cuh) one block per SM walks tiles of 128 keys of one key
+// head, and for each the tiles of queries that see some of them, for each query head of its group.
+// Its first warpgroup produces (bwd_producer.cuh): warp 0 says which keys come next, warp 1 starts
+// the copies of keys, values, queries and the gradients of their outputs, warp 2 clears rows past a
+// length. Two warpgroups own 64 keys each, with dk and dv in registers: they are whole in the end.
+// Per tile of queries (bwd_consumer.cuh has what one does, here is the order)
 //
 //     s = K Q^T
 //     p = exp2(score(s) - lse)
@@ -33,11 +34,9 @@
 //
 // Barriers come in pairs, `full` and `empty`, for keys, values, each buffer of queries, of ds, of
 // terms of dq and of descriptions of work.
-#include "../dropout.cuh"
-#include "../softmax.cuh"
-#include "bwd_block.cuh"
+#include "bwd_consumer.cuh"
+#include "bwd_pair.cuh"
 #include "bwd_producer.cuh"
-#include "bwd_store.cuh"
 #include "tensor_map.h"
 #include "wgmma.cuh"
 
@@ -45,202 +44,24 @@ namespace jax_fa {
 
 // A warpgroup of 64 keys.
 template <class Traits>
-struct KeyConsumer {
-  static constexpr int kHeadDim = Traits::kHeadDim, kBlockN = Traits::kBlockN;
-  static constexpr int kPanel = Traits::kPanel;
-  static constexpr DType kDType = Traits::kDType;
-  using Storage = HopperBwdStorage<Traits>;
-  using Score = typename Traits::Score;
-
-  const HopperBwdParams& hopper;
-  const BackwardParams& params = hopper.backward;
-  Storage& shared;
-  int part = __shfl_sync(0xffffffff, threadIdx.x / 128 - 2, 0);  // known to be uniform
-  int lane = threadIdx.x % 32;
-  int row = part * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;  // of the lane's two keys, the first
-
-  Ring<Storage::kWorks> works;
-  Ring<Traits::kStages> ring;  // of queries and of ds
+struct KeyConsumer : KeyRows<Traits> {
+  using Rows = KeyRows<Traits>;
+  using Rows::apply_dropout, Rows::apply_gradient, Rows::classify, Rows::draw, Rows::release,
+      Rows::start_scores, Rows::start_sum, Rows::work;
+  using Rows::ds, Rows::dp, Rows::lane, Rows::p, Rows::params, Rows::ring, Rows::s, Rows::seeds,
+      Rows::shared, Rows::works;
+  using typename Rows::Storage;
+  static constexpr int kHeadDim = Traits::kHeadDim;
 
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
-  float s[kBlockN / 2], dp[kBlockN / 2];
-  uint32_t p[kBlockN / 4], ds[kBlockN / 4];
-  uint32_t slope[Score::kHasSlope ? kBlockN / 4 : 1];  // p times the score's derivative
-  Survivors<1, kBlockN / 8> survivors;                 // unused without dropout, as are the seeds
-  uint2 seeds;
 
-  __device__ KeyConsumer(const HopperBwdParams& params, Storage& shared)
-      : hopper(params), shared(shared) {}
-
-  __device__ const KeyWork& work() { return shared.work(works.at()); }
-
-  __device__ void release(ptx::Barrier& empty) const {
-    if (lane == 0) ptx::barrier_arrive(empty);
-  }
-
-  // --- the products; they only start here ---
-
-  // x = owned walked^T, of this warpgroup's rows.
-  template <class Owned, class Walked>
-  __device__ void start_scores(float (&x)[kBlockN / 2], Owned& owned, Walked& walked) {
-    const uint64_t a = panel_descriptor<kPanel>(owned[0][part * 64]);
-    const uint64_t b = panel_descriptor<kPanel>(walked);
-    pin(x);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      constexpr int kSteps = kPanel / 16;  // in a panel
-      const int step = i % kSteps * 2, panel = i / kSteps * kPanel * 2 / 16;
-      Wgmma<kDType, kBlockN>::ss(x, a + panel * Traits::kBlockM + step, b + panel * kBlockN + step,
-                                 i > 0);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // x += weights walked.
-  template <class Walked>
-  __device__ void start_sum(float (&x)[kHeadDim / 2], uint32_t (&weights)[kBlockN / 4],
-                            Walked& walked) {
-    const uint64_t b = panel_descriptor<kPanel>(walked, kBlockN * kPanel * 2);
-    pin(x);
-    pin(weights);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < kBlockN / 16; ++i) {
-      Wgmma<kDType, kHeadDim>::rs(x, &weights[i * 4], b + i * kPanel * 2);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // --- from scores to probabilities and their gradients ---
-
-  __device__ TileMask classify(int row0) {
-    const KeyWork& work = this->work();
-    const int key0 = work.keys.row0 + part * 64;
-    return work.mask.classify(row0, min(row0 + kBlockN, work.len_q), key0, key0 + 64);
-  }
-
-  // {lse_log2, delta} of the lane's two queries among eight.
-  __device__ float4 query_rows(int t) const {
-    return reinterpret_cast<const float4*>(shared.rows[ring.at()])[t * 4 + lane % 4];
-  }
-
-  // Of a key of this lane, counted from its first key and query, what its distance behind
-  // a query that sees it is at least, and less than.
-  struct Bounds {
-    int least, most[2];
-  };
-
-  __device__ Bounds bounds(int row0) {
-    const KeyWork& work = this->work();
-    const int i0 = row0 + lane % 4 * 2, j0 = work.keys.row0 + row, offset = j0 - i0;
-    const Interval seen = work.mask.seen_offsets();
-    const int hi = min(seen.hi, INT_MAX / 2) - offset, len = work.mask.len_kv - j0;
-    return {max(seen.lo, INT_MIN / 2) - offset, {len > 0 ? hi : INT_MIN, len > 8 ? hi : INT_MIN}};
-  }
-
-  // What survives of a tile of scores: while their product runs. H200: while those of dk and dv of
-  // the tile before do, it takes longer (head_dim 64, T = 8k: 12 %).
-  __device__ void draw(int head, int row0) {
-    if constexpr (Traits::kDropout) {
-      survivors.template draw<true>(Dropout(params.fwd, seeds, head),
-                                    work().keys.row0 + row - lane / 4, row0);
-    }
-  }
-
-  // s to p; kHidden: some queries may not see some keys.
-  template <bool kHidden>
-  __device__ void apply_softmax(int head, int row0) {
-    const KeyWork& work = this->work();
-    const Score score(params.fwd, work.b, head, work.len_q, work.mask);
-    const auto for_each = [&](auto f) {
-      const int i0 = row0 + lane % 4 * 2, j0 = work.keys.row0 + row;
-#pragma unroll
-      for (int i = 0; i < kBlockN / 2; ++i) {
-        f(s[i], Place{i0, i / 4 * 8 + i % 2}, Place{j0, i / 2 % 2 * 8});
-      }
-    };
-    score.cap(for_each);
-    if constexpr (Score::kHasSlope) {
-#pragma unroll
-      for (int i = 0; i < kBlockN / 4; ++i) {
-        slope[i] = Mma<kDType>::pack(score.slope(s[2 * i]), score.slope(s[2 * i + 1]));
-      }
-    }
-    score.shift(for_each);
-    const float to_log2 = score.to_log2();
-#pragma unroll
-    for (int t = 0; t < kBlockN / 8; ++t) {
-      const float4 rows = query_rows(t);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& x = s[t * 4 + e];
-        x = ptx::exp2(fmaf(x, to_log2, e % 2 ? -rows.z : -rows.x));
-      }
-    }
-    if constexpr (kHidden) hide(bounds(row0));
-#pragma unroll
-    for (int i = 0; i < kBlockN / 4; ++i) {
-      p[i] = Mma<kDType>::pack(s[2 * i], s[2 * i + 1]);
-      if constexpr (Score::kHasSlope) {
-        const float2 factor = Mma<kDType>::unpack(slope[i]);
-        slope[i] = Mma<kDType>::pack(s[2 * i] * factor.x, s[2 * i + 1] * factor.y);
-      }
-    }
-  }
-
-  __device__ void hide(const Bounds& bounds) {
-#pragma unroll
-    for (int i = 0; i < kBlockN / 2; ++i) {
-      const int offset = i / 2 % 2 * 8 - (i / 4 * 8 + i % 2);
-      const bool seen = (offset >= bounds.least) & (offset < bounds.most[i / 2 % 2]);
-      s[i] = seen ? s[i] : 0.f;
-    }
-  }
-
-  // dp to ds.
-  __device__ void apply_gradient() {
-    if constexpr (Traits::kDropout) {
-      survivors.apply(reinterpret_cast<float (&)[1][kBlockN / 8][4]>(dp));
-#pragma unroll
-      for (float& x : dp) x *= params.fwd.dropout_scale;
-    }
-#pragma unroll
-    for (int t = 0; t < kBlockN / 8; ++t) {
-      const float4 rows = query_rows(t);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = t * 2 + h;
-        float2 x;
-        if constexpr (Score::kHasSlope) {
-          x = Mma<kDType>::unpack(slope[i]);
-        } else {
-          x = Mma<kDType>::unpack(p[i]);
-        }
-        ds[i] = Mma<kDType>::pack(x.x * (dp[2 * i] - rows.y), x.y * (dp[2 * i + 1] - rows.w));
-      }
-    }
-  }
-
-  __device__ void apply_dropout() {
-    if constexpr (Traits::kDropout) {
-#pragma unroll
-      for (int i = 0; i < kBlockN / 4; ++i) p[i] &= survivors.halves(0, i / 2, i % 2);
-    }
-  }
+  using Rows::Rows;
 
   // Hands this warp's 16 keys of ds over.
   __device__ void share_gradient() {
     const int at = ring.at();
     ptx::barrier_wait(shared.ds_empty[at], ring.parity() ^ 1);
-    // Of its 8 rows by 8 queries, a lane writes one row.
-    const uint32_t sRow = ptx::shared_address(shared.ds[at][0][row - lane / 4 + lane % 16]);
-    const uint32_t sFirst = sRow + ((lane / 16) ^ (lane % 8)) * 16;  // swizzled
-#pragma unroll
-    for (int i = 0; i < kBlockN / 16; ++i) {
-      const uint32_t x[4] = {ds[i * 4], ds[i * 4 + 1], ds[i * 4 + 2], ds[i * 4 + 3]};
-      ptx::stmatrix_x4((sFirst ^ i % 4 * 32) + i / 4 * sizeof(shared.ds[0][0]), x);
-    }
+    this->put([&](int i) { return ds[i]; });
     ptx::fence_async_proxy();
     __syncwarp();  // all lanes' stores come before the arrival
     release(shared.ds_full[at]);
@@ -254,7 +75,8 @@ struct KeyConsumer {
     draw(head, row0);
     ptx::wgmma_wait<0>();
     pin(s);
-    partial ? apply_softmax<true>(head, row0) : apply_softmax<false>(head, row0);
+    partial ? this->template apply_softmax<true>(head, row0)
+            : this->template apply_softmax<false>(head, row0);
     ptx::barrier_wait(shared.v_full, works.count & 1);  // at the first step
     start_scores(dp, shared.v, shared.dout[at]);
     ptx::wgmma_wait<0>();
@@ -288,25 +110,6 @@ struct KeyConsumer {
     ring.advance();
   }
 
-  __device__ void store() {
-    const KeyWork& work = this->work();
-    const KeyTile& keys = work.keys;
-    const AttentionParams& fwd = params.fwd;
-    const bool live[2] = {keys.row0 + row < keys.len_kv, keys.row0 + row + 8 < keys.len_kv};
-    const auto write = [&](const float (&x)[kHeadDim / 2], void* out, int64_t row_stride,
-                           int64_t token_stride, float scale, int dims) {
-      auto* gX = static_cast<typename Traits::Element*>(out) +
-                 (fwd.q_start ? 0 : keys.b * row_stride) + (keys.token0 + row) * token_stride +
-                 int64_t(keys.head) * dims;
-      store_rows<Traits>(x, scale, dims, live, [&](int h) {
-        return row + h * 8 < keys.rows ? gX + h * 8 * token_stride : nullptr;
-      });
-    };
-    write(dk, params.dk, params.dk_row_stride, params.dk_token_stride, fwd.scale, fwd.head_dim);
-    write(dv, params.dv, params.dv_row_stride, params.dv_token_stride,
-          Traits::kDropout ? fwd.dropout_scale : 1.f, fwd.head_dim_v);
-  }
-
   __device__ void run() {
     for (;; works.advance()) {
       ptx::barrier_wait(shared.work_full[works.at()], works.parity());
@@ -323,7 +126,7 @@ struct KeyConsumer {
       __syncwarp();  // of all lanes' waits
       release(shared.k_empty[k_ring.at()]);
       release(shared.v_empty);
-      store();
+      this->store(dk, dv);
       __syncwarp();  // all lanes have read the work
       release(shared.work_empty[works.at()]);
     }
@@ -448,7 +251,7 @@ cudaError_t make_maps(HopperBwdParams& params) {
   };
   const auto keys = [&](CUtensorMap& map, const KvTensor& x, int dim) {
     return make_tensor_map(map, fwd.dtype, x.data, dim, fwd.heads_kv, x.head_stride, x.tokens,
-                           x.token_stride, x.rows, x.row_stride, kPanel, Traits::kBlockM);
+                           x.token_stride, x.rows, x.row_stride, kPanel, Traits::kOwnRows);
   };
   cudaError_t error = queries(params.q, fwd.q, fwd.head_dim, fwd.q_head_stride, fwd.q_token_stride);
   if (error != cudaSuccess) return error;
@@ -471,15 +274,19 @@ cudaError_t launch_keys(HopperBwdParams& params, int* next_tile, cudaStream_t st
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const int blocks = std::min(sms, params.order.total);
-  const bool taken = params.order.longest_first && params.order.total > blocks;
+  constexpr int kBlocks = Traits::kPair ? 2 : 1;  // that take a tile of keys
+  const int takers = std::min(sms / kBlocks, params.order.total);
+  const bool taken = params.order.longest_first && params.order.total > takers;
   if (taken || params.turns) params.next_tile = next_tile;
-  constexpr int kBytes = sizeof(HopperBwdStorage<Traits>);
+  constexpr int kBytes = sizeof(BwdStorage<Traits>);
   static_assert(kBytes <= 227 * 1024, "an SM's shared memory");
-  const auto kernel = bwd_sm90<Traits>;
+  constexpr auto kernel = [] {
+    if constexpr (Traits::kPair) return bwd_pair_sm90<Traits>;
+    if constexpr (!Traits::kPair) return bwd_sm90<Traits>;
+  }();
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<blocks, Traits::kThreads, kBytes, stream>>>(params);
+  kernel<<<takers * kBlocks, Traits::kThreads, kBytes, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -495,8 +302,9 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
   params.slots = int(bwd_sum_slots(packed, fwd.batch, fwd.len_q, fwd.total_q, kBwdSumQueries));
   const int64_t sums = int64_t(params.slots) * fwd.heads_q * DqSums<Traits>::kTileFloats;
   int* const next_tile = reinterpret_cast<int*>(p.dq_sum + sums);
-  const int64_t turns =
-      p.deterministic ? bwd_sm90_turns(packed, fwd.batch, fwd.len_q, fwd.total_q, fwd.heads_q) : 0;
+  const int64_t turns = p.deterministic ? bwd_sm90_turns(packed, fwd.batch, fwd.len_q, fwd.total_q,
+                                                         fwd.heads_q, Traits::kHeadDim)
+                                        : 0;
   if (p.deterministic) params.turns = next_tile + 1;
   cudaError_t error = cudaMemsetAsync(p.dq_sum, 0, (sums + 1 + turns) * sizeof(float), stream);
   if (error != cudaSuccess) return error;

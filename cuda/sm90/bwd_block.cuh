@@ -21,20 +21,32 @@ struct HopperBwdTraits {
   static constexpr int kBlockN = kTile.n;  // queries walked at a time
   static constexpr int kStages = kTile.stages;
   static constexpr int kThreads = kTile.warps * 32;
-  static constexpr int kKeyWarps = kBlockM / 16;
+  static constexpr int kKeyWarps = 8;
   static_assert(kThreads == 128 * 2 + kKeyWarps * 32);
 
-  static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;  // elements: see wgmma.cuh
+  // Whether the keys are those of a cluster of two blocks (bwd_pair.cuh), 64 of each.
+  static constexpr bool kPair = bwd_sm90_pairs(kHeadDim);
+  static constexpr int kOwnRows = kPair ? 64 : kBlockM;
+
+  // Dims for which a block makes terms of dq, and those that it hands over at a time.
+  static constexpr int kSumDims = kPair ? kHeadDim / 2 : kHeadDim;
+  static constexpr int kTermDims = kPair ? 32 : kHeadDim % 64 == 0 ? 64 : 96;
+  static_assert(kSumDims % kTermDims == 0);
+
+  static constexpr int kPanel = kSumDims % 64 == 0 ? 64 : 32;  // elements: see wgmma.cuh
   static constexpr int kPanels = kHeadDim / kPanel;
 
-  // Dims of a product for dq: 64 keep its sums in the registers that its warpgroup has.
-  static constexpr int kTermDims = kHeadDim % 64 == 0 ? 64 : 96;
-  static_assert(kHeadDim % kTermDims == 0);
+  // Those of a product for dq: 64 keep its sums in the registers that its warpgroup has. A pair has
+  // registers for all where it needs none for other scores or dropout: H200, bf16, head_dim 256, T
+  // = 8k, no mask, forward and backward take 5.95 ms, with 64 they take 6.05.
+  static constexpr int kWideTerms = kPair && (kHeadDim <= 192 || !(kGeneral || kDropout));
+  static constexpr int kProductDims = kWideTerms ? kSumDims : kHeadDim % 64 == 0 ? 64 : 96;
 
   // All that an SM has, 64 K.
   static constexpr int kProducerRegisters = 32;
-  static constexpr int kTermRegisters = kTermDims == 64 ? 64 : 80;
-  static constexpr int kKeyRegisters = kTermDims == 64 ? 208 : 200;
+  static constexpr int kTermRegisters = kWideTerms ? 96 : kProductDims == 64 ? 64 : 80;
+  static constexpr int kKeyRegisters = kWideTerms ? 192 : kProductDims == 64 ? 208 : 200;
+  static constexpr int kMoreRegisters = kDropout ? 8 : 0;  // in a pair: for p, fewer for ds
 };
 
 // Keys of one key head, and the queries that see some of them: of each head of the group those from
@@ -82,6 +94,7 @@ struct HopperBwdStorage {
   ptx::Barrier terms_full[kTerms], terms_empty[kTerms];
 
   __device__ KeyWork& work(int i) { return reinterpret_cast<KeyWork&>(works[i]); }
+  __device__ void release_work(int i) { ptx::barrier_arrive(work_empty[i]); }
 
   __device__ void init_barriers() {
     for (int i = 0; i < kWorks; ++i) {
@@ -112,6 +125,12 @@ struct HopperBwdStorage {
     ptx::fence_barrier_init();
   }
 };
+
+template <class Traits>
+struct PairStorage;  // bwd_pair_block.cuh
+
+template <class Traits>
+using BwdStorage = std::conditional_t<Traits::kPair, PairStorage<Traits>, HopperBwdStorage<Traits>>;
 
 struct HopperBwdParams {
   BackwardParams backward;
@@ -172,7 +191,7 @@ __device__ __forceinline__ void for_each_term(const KeyWork& work, int row0, F f
   for (int m = 0; m < Traits::kBlockN / kBwdSumQueries; ++m) {
     if (row0 + m * kBwdSumQueries >= work.end) return;  // another row's sums may follow
 #pragma unroll 1
-    for (int dim = 0; dim < Traits::kHeadDim; dim += Traits::kTermDims) f(m, dim);
+    for (int dim = 0; dim < Traits::kSumDims; dim += Traits::kTermDims) f(m, dim);
   }
 }
 

@@ -6,10 +6,11 @@
 
 namespace jax_fa {
 
-// Warp 0 of the producers.
+// Warp 0 of the producers, of a pair of blocks in the first of them.
 template <class Traits>
 struct KeyScheduler {
-  using Storage = HopperBwdStorage<Traits>;
+  using Storage = BwdStorage<Traits>;
+  static constexpr int kBlocks = Traits::kPair ? 2 : 1;
   using WorkRing = Ring<Storage::kWorks>;
 
   const HopperBwdParams& params;
@@ -21,7 +22,8 @@ struct KeyScheduler {
   __device__ void run() {
     // With turns the first one is taken too: a block then waits only for what runs or is done,
     // however many blocks there is room for.
-    for (int i = params.turns ? take() : blockIdx.x; i < params.order.total; i = next(i)) {
+    for (int i = params.turns ? take() : blockIdx.x / kBlocks; i < params.order.total;
+         i = next(i)) {
       const HopperOrder::Place place = params.order(i);
       // The order begins with the last tile, but causal masks leave most queries to the first keys.
       const int tile =
@@ -34,11 +36,11 @@ struct KeyScheduler {
 
  private:
   __device__ int next(int i) {
-    if (!params.next_tile) return i + gridDim.x;
+    if (!params.next_tile) return i + gridDim.x / kBlocks;
     for (; ring.count - oldest.count >= Storage::kWorksTaken; oldest.advance()) {
       ptx::barrier_wait(shared.work_empty[oldest.at()], oldest.parity());
     }
-    return take() + (params.turns ? 0 : gridDim.x);
+    return take() + (params.turns ? 0 : gridDim.x / kBlocks);
   }
 
   __device__ int take() {
@@ -51,6 +53,7 @@ struct KeyScheduler {
     ptx::barrier_wait(shared.work_empty[ring.at()], ring.parity() ^ 1);
     if (lane == 0) {
       describe(shared.work(ring.at()), keys);
+      if constexpr (Traits::kPair) shared.send_work(ring.at());
       ptx::barrier_arrive(shared.work_full[ring.at()]);
     }
     ring.advance();
@@ -267,7 +270,7 @@ struct RowClearer {
 // them.
 template <class Traits>
 struct TermAdder {
-  using Storage = HopperBwdStorage<Traits>;
+  using Storage = BwdStorage<Traits>;
 
   const HopperBwdParams& params;
   Storage& shared;
@@ -280,7 +283,7 @@ struct TermAdder {
       const KeyWork& work = shared.work(works.at());
       if (work.keys.rows == 0) break;
       for_each_step<Traits>(work, [&](int head, int row0) { step(work, head, row0); });
-      ptx::barrier_arrive(shared.work_empty[works.at()]);
+      shared.release_work(works.at());
     }
     ptx::bulk_wait();  // before the block's shared memory goes
   }
@@ -288,13 +291,13 @@ struct TermAdder {
  private:
   __device__ void step(const KeyWork& work, int head, int row0) {
     const int64_t slot = int64_t(head) * params.slots + work.slot0 + row0 / kBwdSumQueries;
-    float* const gSums = params.backward.dq_sum + slot * DqSums<Traits>::kTileFloats;
+    float* const gSums = params.backward.dq_sum + slot * DqSums<Traits>::kTileFloats + first_sum();
     const bool waits = params.turns && row0 < work.shared_end;  // somebody comes before
     for_each_term<Traits>(work, row0, [&](int m, int dim) {
       const int at = terms.at();
       ptx::barrier_wait(shared.terms_full[at], terms.parity());
       if (waits && m == 0 && dim == 0) {
-        wait_turn(params.turns + slot, work.keys.row0 / Traits::kBlockM);
+        wait_turn(turn(slot), work.keys.row0 / Traits::kBlockM);
       }
       ptx::bulk_add(gSums + m * DqSums<Traits>::kTileFloats + DqSums<Traits>::place(dim / 8),
                     ptx::shared_address(shared.terms[at]), sizeof(shared.terms[at]));
@@ -305,7 +308,18 @@ struct TermAdder {
     });
     if (!params.turns) return;
     ptx::bulk_wait();
-    ptx::store_release(params.turns + slot, work.keys.row0 / Traits::kBlockM + 1);
+    ptx::store_release(turn(slot), work.keys.row0 / Traits::kBlockM + 1);
+  }
+
+  // Of a pair, each block has dims and turns of its own.
+  __device__ static int first_sum() {
+    if constexpr (!Traits::kPair) return 0;
+    return DqSums<Traits>::place(ptx::cluster_rank() * (Traits::kSumDims / 8));
+  }
+
+  __device__ int* turn(int64_t slot) const {
+    if constexpr (!Traits::kPair) return params.turns + slot;
+    return params.turns + slot * 2 + ptx::cluster_rank();
   }
 
   __device__ static void wait_turn(const int* turn, int tile) {

@@ -26,7 +26,9 @@ __device__ void store_rows(const float (&x)[Traits::kHeadDim / 2], float scale, 
         y[c] = live[h] ? Mma<Traits::kDType>::pack(x[i] * factor, x[i + 1] * factor) : 0;
       }
       transpose_quad(y);  // eight dims of chunk lane % 4
-      const int dim = d * 32 + lane % 4 * 8;
+      int dim = d * 32 + lane % 4 * 8;
+      // Compared here: kept since before the loop, what it comes to costs registers.
+      if constexpr (Traits::kPair) asm volatile("" : "+r"(dim));
       if (gRow && dim < dims) {
         *reinterpret_cast<uint4*>(gRow + dim) = make_uint4(y[0], y[1], y[2], y[3]);
       }

@@ -8,16 +8,18 @@
 namespace jax_fa {
 
 struct BwdHopperTile {
-  int m, n;    // keys that a block owns, 64 for each warpgroup, and queries that it walks at a time
+  int m, n;    // keys that a block owns, or two together, and queries that it walks at a time
   int stages;  // buffers of queries and of the gradients of their outputs
   int warps;   // 4 that produce, 4 for dq, 8 for dk and dv
 };
 
-// Whether dk and dv of 64 keys fit the registers of a warpgroup beside their scores: dk, dv, one of
-// s and dp at a time, and p in 16 bits.
 constexpr bool bwd_sm90_has_tile(int head_dim_tile, DType dtype) {
-  return head_dim_tile <= 128 && dtype != DType::kF32;
+  return head_dim_tile <= kMostHeadDim && dtype != DType::kF32;
 }
+
+// Whether the keys of a tile are those of two blocks. Else dk and dv of 64 keys fit the registers
+// of a warpgroup beside their scores: dk, dv, one of s and dp at a time, and p in 16 bits.
+constexpr bool bwd_sm90_pairs(int head_dim_tile) { return head_dim_tile > 128; }
 
 constexpr BwdHopperTile bwd_sm90_tile(int head_dim_tile, bool general) {
   return {128, head_dim_tile <= 64 && !general ? 128 : 64, 2, 16};
@@ -31,9 +33,12 @@ inline bool bwd_sm90_covers(const BackwardParams& p, int head_dim_tile) {
   return bwd_sm90_has_tile(head_dim_tile, p.fwd.dtype) && !p.fwd.bias;
 }
 
-// Counters of dq's sums in a fixed order, one for each tile of them, behind those sums.
-inline int64_t bwd_sm90_turns(bool packed, int batch, int len_q, int total_q, int heads_q) {
-  return heads_q * bwd_sum_slots(packed, batch, len_q, total_q, kBwdSumQueries);
+// Counters of dq's sums in a fixed order, one for each tile of them and each block that adds its
+// dims, behind those sums.
+inline int64_t bwd_sm90_turns(bool packed, int batch, int len_q, int total_q, int heads_q,
+                              int head_dim_tile) {
+  const int blocks = bwd_sm90_pairs(head_dim_tile) ? 2 : 1;
+  return heads_q * bwd_sum_slots(packed, batch, len_q, total_q, kBwdSumQueries) * blocks;
 }
 
 // With turns, the blocks of a pair start one after the other, at every section anew. Sections of so

@@ -71,6 +71,35 @@ __device__ __forceinline__ uint32_t cluster_address(const void* pointer, int ran
   return address;
 }
 
+// Which block of its cluster this one is.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Arrives at a barrier of any block of the cluster, by such an address, maybe to announce bytes.
+// Who waits in another block may write what this thread has read, and sees nothing that it wrote.
+__device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect_cluster(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
+}
+
+// Starts the copy of shared memory to such an address; the bytes count for a barrier of that block.
+__device__ __forceinline__ void bulk_copy_cluster(uint32_t dst, uint32_t src, int bytes,
+                                                  uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(dst),
+      "r"(src), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // Writes to such an address; the bytes count for a barrier of that block.
 __device__ __forceinline__ void store_cluster(uint32_t address, float x, uint32_t barrier) {
   asm volatile(
@@ -95,6 +124,16 @@ __device__ __forceinline__ void tensor_load(void* dst, const CUtensorMap& map, i
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
       "%4, %5, %6}], [%2];" ::"r"(shared_address(dst)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// The same to the same place of both blocks of a cluster, and for the barrier there.
+__device__ __forceinline__ void tensor_load_pair(void* dst, const CUtensorMap& map, int c0, int c1,
+                                                 int c2, int c3, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(dst)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(uint16_t(3))
       : "memory");
 }
 

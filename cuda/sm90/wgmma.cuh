@@ -12,13 +12,14 @@
 namespace jax_fa {
 
 // Operand `a` or `b` whose rows are contiguous along the summed axis (Q, K), or, with `next_panel`
-// bytes from panel to panel, operand `b` whose rows run along it (V).
-template <int kPanel>
+// bytes from panel to panel, operand `b` whose rows run along it (V). In a cluster addresses name
+// the block too, past the bits that a descriptor has for them.
+template <int kPanel, bool kInCluster = false>
 __device__ __forceinline__ uint64_t panel_descriptor(const void* panel, uint32_t next_panel = 16) {
   constexpr uint64_t kSwizzle = kPanel == 64 ? 1 : 2;  // of 128 or 64 bytes
   constexpr uint32_t kEightRows = 8 * kPanel * 2;
   static_assert(kPanel == 64 || kPanel == 32);
-  const uint64_t address = ptx::shared_address(panel) >> 4;
+  const uint64_t address = (ptx::shared_address(panel) & (kInCluster ? 0x3ffff : ~0u)) >> 4;
   return address | uint64_t(next_panel >> 4) << 16 | uint64_t(kEightRows >> 4) << 32 |
          kSwizzle << 62;
 }
