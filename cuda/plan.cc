@@ -159,10 +159,11 @@ int max_head_dim(int element_bytes, bool backward) {
 }
 
 int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim, int head_dim_v,
-                     int64_t max_len_kv, int key_bytes) {
+                     int64_t max_len_kv, int key_bytes, bool grouped) {
   const int tile_dim = tile_dim_of(head_dim, head_dim_v);
   if (!runs_decode_kernel(Operation::kDecode, DType::kBF16, len_q, tile_dim)) return 1;
-  return decode_split(batch, len_q, heads_q, heads_kv, head_dim, head_dim_v, max_len_kv, key_bytes)
+  return decode_split(batch, len_q, heads_q, heads_kv, head_dim, head_dim_v, max_len_kv, key_bytes,
+                      grouped)
       .splits;
 }
 
@@ -316,8 +317,8 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   if (runs_decode_kernel(op, dtype, len_q, tile_dim)) {
     const int columns = heads_q / heads_kv * len_q;
     int column_tiles = decode_column_tiles(tile_dim, columns);
-    DecodeSplit split =
-        decode_split(batch, len_q, heads_q, heads_kv, head_dim, head_dim_v, max_len_kv, kv_bytes);
+    DecodeSplit split = decode_split(batch, len_q, heads_q, heads_kv, head_dim, head_dim_v,
+                                     max_len_kv, kv_bytes, options.grouped);
     while (decode_shared_kb(tile_dim, column_tiles, split.warps) > options.shared_kb) {
       if (split.warps != kWideWarps || column_tiles > 1) column_tiles /= 2;
       split.warps = decode_warps(column_tiles);

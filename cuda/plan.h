@@ -20,7 +20,7 @@ struct Plan {
 };
 
 int splits_of_decode(int batch, int len_q, int heads_q, int heads_kv, int head_dim, int head_dim_v,
-                     int64_t max_len_kv, int key_bytes);
+                     int64_t max_len_kv, int key_bytes, bool grouped);
 
 // Scratch of the rows of a hybrid batch that are decoded; none where all run in prefill kernels.
 PackedScratch scratch_of_hybrid(int batch, int heads_q, int heads_kv, int head_dim, int head_dim_v,
@@ -33,6 +33,7 @@ int max_head_dim(int element_bytes, bool backward);
 struct PlanOptions {
   bool general, bias, masked;  // scores beyond a scale, a dense bias, a window or causal
   bool dropout;
+  bool grouped;    // decode: elements of a key have several scales
   int page_size;   // 0: contiguous keys
   int capability;  // of the device, 10 * major + minor
   int64_t sms;

@@ -179,6 +179,7 @@ __device__ __forceinline__ int load_early(const int* address) {
 }
 
 __device__ __forceinline__ void settle(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void settle(const char*& x) { asm volatile("" : "+l"(x)); }
 
 // x / y within 2 ulp: what XLA compiles a float32 division to on NVIDIA GPUs.
 __device__ __forceinline__ float div_full(float x, float y) {

@@ -13,6 +13,7 @@ from ._lowering import (
     cache_length,
     decode_key_bytes,
     decodes,
+    has_groups,
     prefill_key_bytes,
 )
 from ._primitives import OPERATIONS
@@ -214,13 +215,14 @@ def _plan_shape(name, x, static):
         "masked": _is_masked(static),
         "exact": static["exact"],
         "dropout": bool(static.get("dropout_rate")),
+        "grouped": False,
         "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
     }
     if name == "jax_fa_fwd":
         return shape | {"batch": q[0], "len_q": q[1], "total_q": 0, "max_len_kv": k[1]}
     if name == "jax_fa_decode":
         shape |= {"batch": q[0], "len_q": q[1], "total_q": 0, "max_len_kv": cache_length(x)}
-        return shape | {"kv_bytes": decode_key_bytes(x)}
+        return shape | {"kv_bytes": decode_key_bytes(x), "grouped": has_groups(x)}
     batch = x["q_start"].shape[0]
     longest = static["max_len_kv"] if name == "jax_fa_varlen_fwd" else cache_length(x)
     return shape | {"batch": batch, "len_q": q[0], "total_q": q[0], "max_len_kv": longest}

@@ -13,6 +13,7 @@ def decode_splits(
     head_dim_v: int,
     max_len_kv: int,
     key_bytes: int = 2,
+    grouped: bool = False,
 ) -> int: ...
 def max_head_dim(element_bytes: int, backward: bool) -> int: ...
 def packed_scratch(
@@ -81,6 +82,7 @@ def plan(
     bias: bool,
     masked: bool,
     dropout: bool,
+    grouped: bool,
     page_size: int,
     capability: int,
     sms: int,

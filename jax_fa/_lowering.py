@@ -145,8 +145,10 @@ def _decode_scratch(operands):
     q, v = operands["q"], operands["v"]
     batch, len_q, heads_q, dim = q.shape
     _, _, heads_kv, dim_v = v.shape
-    length, key_bytes = cache_length(operands), decode_key_bytes(operands)
-    splits = _jax_fa.decode_splits(batch, len_q, heads_q, heads_kv, dim, dim_v, length, key_bytes)
+    splits = _jax_fa.decode_splits(
+        batch, len_q, heads_q, heads_kv, dim, dim_v, cache_length(operands),
+        decode_key_bytes(operands), has_groups(operands),
+    )  # fmt: skip
     rows = (splits, batch * len_q, heads_q) if splits > 1 else (0,)
     o = (*rows, dim_v) if splits > 1 else (0,)
     return [jax.ShapeDtypeStruct(shape, np.float32) for shape in (o, rows)]
@@ -198,24 +200,33 @@ def decode_key_bytes(operands):
     """Bytes of a cache's element; 0 for what only the general decode kernels read."""
     k, v = operands["k"], operands["v"]
     pages = len(operands["page_table"].shape) == 2
-    groups = max(operands[name].shape[-1] for name in ("k_scale", "v_scale"))
     whole = not pages or k.shape[1] % 16 == 0
-    plain = k.dtype == v.dtype and groups <= 1
-    plain = plain and all(x.shape[-1] * x.dtype.itemsize % 16 == 0 for x in (k, v))
+    plain = k.dtype == v.dtype and all(x.shape[-1] * x.dtype.itemsize % 16 == 0 for x in (k, v))
+    plain = plain and (k.dtype.itemsize > 1 or _have_whole_groups(operands))
     return k.dtype.itemsize if whole and plain else 0
 
 
 def prefill_key_bytes(operands):
     """Bytes of an element of k and v; 0 for quantized ones that only the portable kernels read."""
     sizes = {operands[name].dtype.itemsize for name in "kv"}
+    known = len(sizes) == 1 and (1 not in sizes or _have_whole_groups(operands))
+    return sizes.pop() if known else 0
+
+
+def has_groups(operands):
+    """Whether a key or a value of a head has several scales."""
+    return any(operands[name].shape[-1] > 1 for name in ("k_scale", "v_scale"))
+
+
+def _have_whole_groups(operands):
+    """Whether no 16 elements of k or v have several scales."""
 
     def group(name):
         scale = operands.get(f"{name}_scale")
         groups = 1 if scale is None or scale.shape == (0,) else scale.shape[-1]
         return operands[name].shape[-1] // groups
 
-    whole = all(group(name) % 16 == 0 for name in "kv")
-    return sizes.pop() if len(sizes) == 1 and (1 not in sizes or whole) else 0
+    return all(group(name) % 16 == 0 for name in "kv")
 
 
 def _attributes(static):

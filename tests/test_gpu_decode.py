@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from gpu import DTYPES, QUANTIZED, check_decode, filled, same_bits
 
 import jax_fa
@@ -45,6 +46,33 @@ def test_decode_quantized(dtype, granularity, size, kind, rng):
         cache, wide, maps = filled(rng, kind, 2, 300, 2, head_dim, dtype, granularity, size)
         q = cases.normal(rng, 2, 1, 8, head_dim, dtype=jnp.dtype(q_dtype))
         check_decode(q, cache, wide, jnp.array([300, 65], jnp.int32), maps, q_dtype)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("size", [8, 16, 64])
+@pytest.mark.parametrize("group, len_q", [(1, 1), (3, 4), (8, 4)])
+def test_decode_over_scales_of_groups(group, len_q, size, kind, rng):
+    for rows, dtype in ((2, "int8"), (150, "float8_e4m3fn")):  # few rows, and more than run at once
+        cache, _, maps = filled(rng, kind, rows, 139, 2, 128, dtype, "group", size)
+        spread = [2.0 ** rng.integers(-10, 1, x.scale.shape) for x in cache]
+        cache = [jax_fa.QuantizedArray(x.values, x.scale * s) for x, s in zip(cache, spread)]
+        wide = [reference.dequantize(x.values, x.scale) for x in cache]
+        q = cases.normal(rng, rows, len_q, 2 * group, 128, dtype=jnp.bfloat16)
+        lengths = jnp.asarray(rng.integers(0, 140, rows), jnp.int32).at[0].set(139)
+        check_decode(q, cache, wide, lengths, maps, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e5m2"])
+def test_decode_over_groups_of_keys_or_of_values_alone(dtype, rng):
+    for sizes in ((32, None), (None, 16)):
+        k, v = (cases.normal(rng, 3, 217, 2, 64) for _ in "kv")
+        cache = [
+            jax_fa.quantize(x, dtype, "group" if size else "head", size)
+            for x, size in zip((k, v), sizes)
+        ]
+        wide = [reference.dequantize(x.values, x.scale) for x in cache]
+        q = cases.normal(rng, 3, 1, 8, 64, dtype=jnp.float16)
+        check_decode(q, cache, wide, jnp.array([217, 0, 33], jnp.int32), {}, "float16")
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])

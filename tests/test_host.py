@@ -233,10 +233,25 @@ def test_few_rows_are_split_into_clusters_that_run_at_once():
         assert _jax_fa.decode_splits(batch, 1, 32, 8, 128, 128, 1024, 2) == splits
 
 
-@pytest.mark.parametrize("key_bytes", [0, 1, 2])
-def test_decode_splits_of_few_keys_stay_whole(key_bytes):
+@pytest.mark.parametrize("key_bytes, grouped", [(0, False), (1, False), (1, True), (2, False)])
+def test_decode_splits_of_few_keys_stay_whole(key_bytes, grouped):
     for length in (1, 64, 127):
-        assert _jax_fa.decode_splits(4, 1, 32, 8, 128, 128, length, key_bytes) == 1
+        assert _jax_fa.decode_splits(4, 1, 32, 8, 128, 128, length, key_bytes, grouped) == 1
+
+
+def test_scales_of_groups_need_more_blocks():
+    cache = jax.ShapeDtypeStruct((64, 8192, 8, 128), jnp.bfloat16)
+    q, lengths = jax.ShapeDtypeStruct((64, 32, 128), jnp.bfloat16), jnp.zeros(64, jnp.int32)
+
+    def blocks(size):
+        def attend(q, cache):
+            x = jax_fa.quantize(cache, "int8", "group" if size else "head", size)
+            return jax_fa.decode_attention(q, x, x, lengths)
+
+        (plan,) = jax_fa.explain(attend, q, cache, device="h200")
+        return plan.blocks
+
+    assert blocks(None) == 512 and blocks(32) == 1024
 
 
 def test_parts_of_packed_rows_take_every_step_once_in_equal_shares():

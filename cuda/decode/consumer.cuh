@@ -89,7 +89,7 @@ struct Consumer {
   // From q.k to scores in the log2 domain.
   __device__ void modify(Scores& s, const TokenScales& k_scale, int key0, const AttentionParams& p,
                          int b) const {
-    const float scale = p.softcap > 0.f ? p.scale : p.scale * kLog2e;
+    const float scale = (p.softcap > 0.f ? p.scale : p.scale * kLog2e) * T::KeyFormat::kUnit;
     for_scores(s, [&](float& x, int, int i, int half, int, int) {
       x *= T::KeyFormat::kTokenScale ? scale * k_scale[i][half] : scale;
     });
@@ -197,6 +197,7 @@ struct Consumer {
   // This warp's part of the merge: unscaled, with its own maximum.
   __device__ void publish(typename T::Shared& smem) {
     constexpr int kTilesPerVector = T::ValueFormat::kElements / 2;
+    constexpr float kUnit = T::ValueFormat::kUnit;
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     for_columns([&](int n, int e) {
       const int column = n * 8 + c * 2 + e;
@@ -215,7 +216,7 @@ struct Consumer {
         const auto &lo = acc[n][tile], &hi = acc[n][tile + 1];
         if (dim < T::kHeadDim) {
           *reinterpret_cast<float4*>(&parts.o[warp][column][dim]) =
-              make_float4(lo[e], lo[e + 2], hi[e], hi[e + 2]);
+              make_float4(lo[e] * kUnit, lo[e + 2] * kUnit, hi[e] * kUnit, hi[e + 2] * kUnit);
         }
       }
     });

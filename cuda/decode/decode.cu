@@ -58,9 +58,14 @@ struct Traits {
   static constexpr int kStages = kWide ? 3 : 2;
   static constexpr int kStepKeys = decode_step_keys(kHeadDim, kColumnTiles, KeyFormat::kTokenScale);
   static constexpr int kKeyTiles = kStepKeys / 16;
-  // 12 warps: 168 registers each, of which general instances of 96 would spill some
+  // 12 warps: 168 registers each, of which general instances of 96 would spill some. Over bytes
+  // warps compute for longer than they wait for memory, which more of them hide: 128 rows of 128
+  // int8 keys of 32 heads take 47 us with 20 and 49 with 16 (H200).
   static constexpr bool kFew = kHeadDim == 96 && !kWholeTiles;
-  static constexpr int kMinBlocks = kHeadDim > 128 ? 2 : kFew ? 4 : 12 / kWarps;
+  static constexpr bool kMany = KeyFormat::kTokenScale && kWholeTiles && kColumnTiles == 1 &&
+                                !kWide && kHeadDim != 96;  // 96 would spill
+  static constexpr int kBlockWarps = !kMany ? 12 : KeyFormat::kGroupShare ? 16 : 20;
+  static constexpr int kMinBlocks = kHeadDim > 128 ? 2 : kFew ? 4 : kBlockWarps / kWarps;
 
   using Shared = SharedStorage<Traits>;
   using KeyReader = RowReader<KeyFormat, kHeadDim, 4, kWholeTiles>;
@@ -174,12 +179,6 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
     ptx::cp_async_wait<T::kStages - 1>();
     __syncwarp();  // this step's copies, by all lanes, are there
     Stage<T>& now = stages[stage];
-    if constexpr (T::KeyFormat::kGroupShare) {
-      const int row = threadIdx.x % 16;
-      if (threadIdx.x % 32 < 16) key_reader.share_scales(now.keys[0], row);
-      if (threadIdx.x % 32 >= 16) value_reader.share_scales(now.values[0], row);
-      __syncwarp();  // the shares, by all lanes, are there
-    }
     if constexpr (T::kWide) {
       if (key0 + T::kStepKeys > share.any.hi && share.any.hi <= keys.last) {  // read early
 #pragma unroll
@@ -188,6 +187,16 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
         }
         __syncwarp();  // what lanes cleared is there
       }
+    }
+    if constexpr (T::KeyFormat::kGroupShare) {
+      const int row = threadIdx.x % 16;
+#pragma unroll
+      for (int i = 0; i < T::kKeyTiles; ++i) {
+        choose(threadIdx.x % 32 < 16, key_reader.row_scales(now.keys[i], row),
+               value_reader.row_scales(now.values[i], row))
+            .share();
+      }
+      __syncwarp();  // the factors, by all lanes, are there
     }
     typename Consumer<T>::Scores s = {};
     typename Consumer<T>::TokenScales k_scale, v_scale;
@@ -390,7 +399,7 @@ cudaError_t launch_columns(const AttentionParams& p, const SplitScratch& scratch
     using Four = Traits<kHeadDim, kDType, KeyFormat, ValueFormat, 4>;
     const DecodeSplit split =
         decode_split(p.batch, p.len_q, p.heads_q, p.heads_kv, p.head_dim, p.head_dim_v, p.kv.len_kv,
-                     KeyFormat::kBytes / KeyFormat::kElements);
+                     KeyFormat::kBytes / KeyFormat::kElements, KeyFormat::kGroupShare);
     if (tiles == 4 && has_room<Four>(most)) return launch_dense<Four>(p, scratch, stream);
     if (tiles == 1 && split.warps == kWideWarps && has_room<Wide>(most)) {
       return launch_dense<Wide>(p, scratch, stream);
@@ -435,15 +444,17 @@ cudaError_t launch_decode(const AttentionParams& p, const SplitScratch& scratch,
   if (k_float && v_float && whole_tiles) {
     return launch_columns<kHeadDim, kDType, Float, Float>(p, scratch, stream);
   }
-  if (whole_tiles && p.k.dtype == p.v.dtype && rows_aligned(p.k, p.head_dim, 16) &&
-      rows_aligned(p.v, p.head_dim_v, 16)) {
+  // whole copies, and whole lanes' vectors of whichever width in each group
+  const auto whole = [](const KvTensor& x, int head_dim) {
+    return rows_aligned(x, head_dim, 16) && (x.groups <= 1 || head_dim % (x.groups * 16) == 0);
+  };
+  if (whole_tiles && p.k.dtype == p.v.dtype && whole(p.k, p.head_dim) && whole(p.v, p.head_dim_v)) {
     const auto same = [&]<DType kCache>() {
       using Format = Byte<kCache, kBytes>;
-      using Grouped = GroupedByte<kCache>;
-      if (p.k.groups <= 1 && p.v.groups <= 1) {
-        return launch_columns<kHeadDim, kDType, Format, Format>(p, scratch, stream);
-      }
-      return launch_one<Traits<kHeadDim, kDType, Grouped, Grouped, 1>>(p, scratch, stream);
+      using Grouped = GroupedByte<kCache, kBytes>;
+      return p.k.groups <= 1 && p.v.groups <= 1
+                 ? launch_columns<kHeadDim, kDType, Format, Format>(p, scratch, stream)
+                 : launch_columns<kHeadDim, kDType, Grouped, Grouped>(p, scratch, stream);
     };
     switch (p.k.dtype) {
       case DType::kInt8:

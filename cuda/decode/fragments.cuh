@@ -81,7 +81,8 @@ __device__ __forceinline__ uint32_t interleave(uint32_t x, uint32_t y, int i) {
 //   kMma            what their values become, and so what queries and probabilities must be
 //   kTokenScale     may have a scale for a row, which multiplies scores and probabilities
 //   kGroupScale     may have scales for groups of dims, which multiply elements
-//   kGroupShare     as halves, of the row's largest, which then is the row's scale
+//   kGroupShare     as halves, which leave the row's magnitude to a scale for the row
+//   kUnit           what products of elements are multiplied by to be those of values
 //   Lane            a lane's part of one row: kElements elements, kBytes bytes
 //   kCopyBytes      what rows are aligned to
 //   along(x, i)     elements 4i .. 4i + 3 of one row
@@ -96,6 +97,7 @@ template <DType kDType>
 struct Float16 {
   static constexpr DType kMma = kDType;
   static constexpr bool kTokenScale = false, kGroupScale = false, kGroupShare = false;
+  static constexpr float kUnit = 1.f;
   static constexpr int kBytes = 16, kElements = 8, kCopyBytes = 16;
 
   struct Lane {
@@ -118,6 +120,7 @@ template <DType kDType, int kLaneBytes>
 struct Byte {
   static constexpr DType kMma = DType::kF16;
   static constexpr bool kTokenScale = true, kGroupScale = false, kGroupShare = false;
+  static constexpr float kUnit = 1.f;
   static constexpr int kBytes = kLaneBytes, kElements = kLaneBytes, kCopyBytes = 16;
 
   struct Lane {
@@ -138,38 +141,49 @@ struct Byte {
   }
 };
 
-// 8-bit caches whose dtype is known when compiled, with scales for groups. A share of the row's
-// largest scale is at most 1: halves hold it well where it matters.
-template <DType kDType>
+// 8-bit caches whose dtype is known when compiled, with scales for groups of lanes' parts. An
+// element is multiplied by its scale's share of a power of two above the row's largest scale, which
+// then is the row's scale: shares are below 1.
+template <DType kDType, int kLaneBytes>
 struct GroupedByte {
   static constexpr DType kMma = DType::kF16;
   static constexpr bool kTokenScale = true, kGroupScale = true, kGroupShare = true;
-  static constexpr int kBytes = 8, kElements = 8, kCopyBytes = 16;
+  static constexpr int kBytes = kLaneBytes, kElements = kLaneBytes, kCopyBytes = 16;
+
+  // int8 that becomes a half by its place alone is small, and its factor as much larger than a
+  // share as halves allow
+  static constexpr bool kSmall = kDType == DType::kInt8;
+  static constexpr float kUnit = kSmall ? 0x1p9f : 1.f;
+  static constexpr int kFactorLog2 = kSmall ? 15 : 0;
 
   struct Lane {
     Bytes<kBytes> x;
-    float scale;  // bits of a pair of halves
+    __half2 factors;  // of a row of K, twice; of a pair of rows of V
   };
 
   __device__ explicit GroupedByte(const KvTensor&) {}
 
-  __device__ uint2 along(const Lane& a, int i) const {
-    return multiply(Byte<kDType, 8>::widen(a.x.words[i]), __float_as_uint(a.scale));
-  }
+  __device__ uint2 along(const Lane& a, int i) const { return scaled(a.x.words[i], a.factors); }
   __device__ uint2 across(const Lane& a, const Lane& b, int i) const {
-    const uint32_t scales = __byte_perm(__float_as_uint(a.scale), __float_as_uint(b.scale), 0x5410);
-    return multiply(Byte<kDType, 8>::widen(interleave(a.x.words[i / 2], b.x.words[i / 2], i % 2)),
-                    scales);
+    return scaled(interleave(a.x.words[i / 2], b.x.words[i / 2], i % 2), a.factors);
   }
 
  private:
-  static __device__ uint2 multiply(uint2 x, uint32_t scales) {
-    const auto one = [&](uint32_t pair) {
-      const __half2 y =
-          __hmul2(reinterpret_cast<const __half2&>(pair), reinterpret_cast<const __half2&>(scales));
+  static __device__ uint2 scaled(uint32_t x, __half2 factors) {
+    uint2 halves;
+    if constexpr (kSmall) {  // value + 128 is a subnormal half, times 2^24
+      const uint32_t biased = x ^ 0x80808080u;
+      halves = {__byte_perm(biased, 0, 0x4140), __byte_perm(biased, 0, 0x4342)};
+    } else {
+      halves = Byte<kDType, kLaneBytes>::widen(x);
+    }
+    const auto scale = [&](uint32_t pair) {
+      const __half2 value = reinterpret_cast<const __half2&>(pair);
+      const __half2 bias = __hmul2(factors, __float2half2_rn(-0x1p-17f));  // 128 of these units
+      const __half2 y = kSmall ? __hfma2(value, factors, bias) : __hmul2(value, factors);
       return reinterpret_cast<const uint32_t&>(y);
     };
-    return {one(x.x), one(x.y)};
+    return {scale(halves.x), scale(halves.y)};
   }
 };
 
@@ -180,6 +194,7 @@ template <DType kDType>
 struct AnyByte {
   static constexpr DType kMma = kDType;
   static constexpr bool kTokenScale = true, kGroupScale = true, kGroupShare = false;
+  static constexpr float kUnit = 1.f;
   static constexpr int kBytes = 8, kElements = 8, kCopyBytes = 8;
 
   struct Lane {

@@ -8,72 +8,12 @@
 #include <type_traits>
 
 #include "decode/fragments.cuh"
+#include "decode/keys.cuh"
+#include "decode/scales.cuh"
 #include "kv.cuh"
 #include "mask.cuh"
 
 namespace jax_fa::decode {
-
-// 16 keys from a multiple of 16 on, and where they lie: relative to page 0 of the layer, or to the
-// first key of a contiguous row.
-struct KeyTile {
-  int key0;
-  int first;        // key0, or that of the nearest tile with keys that may be read
-  int page, token;  // of `first`; where pages are of any size, of key lane % 16 of the tile
-  bool full;        // all its keys may be read, and follow each other
-};
-
-// The keys of one batch row. Only [lo, last] may be read: past a row's length, and before its
-// window, there may be nothing. Others count as the nearest one inside.
-// kWholeTiles: tiles lie in one page or a contiguous row; else pages are of any size.
-template <bool kWholeTiles>
-struct RowKeys {
-  const int* pages;  // of this row, or null: contiguous
-  int lo, last;
-  int page_size, page_tiles;
-  uint32_t inverse;  // 2^31 / page_tiles, rounded up; 0: contiguous
-
-  __device__ RowKeys(const KvIndex& index, int b, Interval keys)
-      : pages(index.page_table ? index.page_table + int64_t(b) * index.max_pages : nullptr),
-        lo(keys.lo),
-        last(keys.hi - 1),
-        page_size(index.page_size),
-        page_tiles(page_size / 16),
-        inverse(pages && kWholeTiles ? ((1u << 31) + page_tiles - 1) / page_tiles : 0) {}
-
-  __device__ int inside(int key) const { return min(max(key, lo), last); }
-
-  // The page that holds the tile at key0, or that holds the lane's key of it; 0 if contiguous.
-  __device__ int find_page(int key0) const {
-    if (!pages) return 0;
-    return __ldg(pages + (kWholeTiles ? page_index(first(key0)) : lane_key(key0) / page_size));
-  }
-
-  __device__ KeyTile tile(int key0, int page) const {
-    if constexpr (!kWholeTiles) {
-      const int key = lane_key(key0);
-      return {key0, key0, page, pages ? key % page_size : key, false};
-    }
-    const int start = first(key0);
-    return {key0, start, page, start - page_index(start) * page_tiles * 16,
-            key0 >= lo && key0 + 15 <= last};
-  }
-
-  // By all lanes of a warp.
-  __device__ KvSlot slot(const KeyTile& tile, int i) const {
-    if constexpr (!kWholeTiles) {
-      return {__shfl_sync(~0u, tile.page, i), __shfl_sync(~0u, tile.token, i)};
-    }
-    return {tile.page, tile.token + (inside(tile.key0 + i) - tile.first)};
-  }
-
- private:
-  __device__ int first(int key0) const { return inside(key0) & ~15; }
-
-  __device__ int lane_key(int key0) const { return inside(key0 + threadIdx.x % 16); }
-
-  // exact: a tile's number is below 2^27 and page_tiles at most 16
-  __device__ int page_index(int key) const { return __umulhi(key / 16 * 2, inverse); }
-};
 
 // One head of one batch row of the keys (kLanes = 4: lanes c share a row) or the values (8: lanes
 // g). Strides of a token fit 32 bits, rows are aligned for copies of kCopyBytes.
@@ -91,23 +31,27 @@ struct RowReader {
   // beyond kHeadDim nothing is written: that may reach rows of O^T that are not stored, not scores
   static_assert(kLanes == 8 || kVectors * kChunk == kHeadDim);
   static constexpr int kGroups = !Format::kGroupScale  ? 0
-                                 : Format::kGroupShare ? kHeadDim / 8
+                                 : Format::kGroupShare ? kVectors * kLanes
                                                        : kRowSlots * 16 / Format::kBytes;
 
   // A tile in shared memory. Dims past head_dim are zero up to kHeadDim.
   struct Tile {
     Bytes<16> slots[16][kRowSlots];  // permuted: see at()
-    // of groups for kGroupShare, else of vectors; padded: lanes read rows g at once
-    float group_scale[Format::kGroupScale ? 16 : 0][kGroups + 1];
+    // of groups, as they lie in memory, for kGroupShare; else of vectors, padded: lanes read rows g
+    // at once
+    float group_scale[Format::kGroupScale ? 16 : 0][kGroups + !Format::kGroupShare];
+    __half factors[Format::kGroupShare ? kGroups : 0][16];  // permuted: see factor()
     float token_scale[Format::kTokenScale ? 16 : 0];
   };
 
   const KvTensor& tensor;
   Format format;
-  const char* data;
+  const char* data;    // of the lane's first copy of a tile
   const float* scale;  // or null
+  int slot;            // where that goes in shared memory, in bytes
   int token_bytes, head_dim;
   uint32_t vector_groups;  // 2^16 vectors / vectors of a group, rounded up
+  bool dense_scales;       // those of a tile follow each other in memory
 
   __device__ RowReader(const KvTensor& tensor, const KvRow& row, int head, int head_dim)
       : tensor(tensor),
@@ -116,37 +60,54 @@ struct RowReader {
         head_dim(head_dim),
         vector_groups(((Format::kElements << 16) * tensor.groups + head_dim - 1) / head_dim) {
     const KvSlot origin = {row.row, row.start};
-    data = static_cast<const char*>(tensor.data) + kv_offset(tensor, origin, head) * kElementBytes;
+    data = static_cast<const char*>(tensor.data) + kv_offset(tensor, origin, head) * kElementBytes +
+           int64_t(first_row()) * token_bytes + first_byte();
+    slot = first_row() * kRowSlots * 16 + (first_byte() / 16 ^ flip(first_row())) * 16 +
+           first_byte() % 16;
+    if constexpr (Format::kTokenScale) {  // or they are computed again for each tile
+      ptx::settle(data);
+      ptx::settle(slot);
+    }
     scale = tensor.scale ? tensor.scale + scale_offset(tensor, origin, head) : nullptr;
+    dense_scales = tensor.scale_token_stride == tensor.groups && tensor.scale_row_stride % 4 == 0 &&
+                   reinterpret_cast<uintptr_t>(scale) % 16 == 0;
   }
 
   // By all lanes of a warp; reads, by any of them, must wait for all. kShort: one way for all
   // tiles, as a cold kernel waits for its instructions too.
   template <bool kShort>
   __device__ void copy(Tile& sTile, const RowKeys<kWholeTiles>& keys, const KeyTile& tile) const {
-    const char* const tile_data =
-        data + tile.page * (tensor.row_stride * kElementBytes) + int64_t(tile.token) * token_bytes;
-    if constexpr (kShort) {
-      const int key0 = tile.key0 - tile.first, lo = keys.lo - tile.first;
-      const int last = keys.last - tile.first;
+    if constexpr (!kWholeTiles) {
       copy_rows<true>(sTile, [&](int row) {
-        return tile_data + int64_t(min(max(key0 + row, lo), last)) * token_bytes;
+        const KvSlot slot = keys.slot(tile, first_row() + row);
+        return data + kv_offset(tensor, {slot.row, slot.token - first_row()}, 0) * kElementBytes;
       });
-    } else if (tile.full) {
-      copy_rows<true>(sTile, [&](int row) { return tile_data + row * token_bytes; });
     } else {
-      copy_rows<!kWholeTiles>(sTile, [&](int row) {
-        return data + kv_offset(tensor, keys.slot(tile, row), 0) * kElementBytes;
-      });
-    }
-    if constexpr (Format::kTokenScale) {
-      const KvSlot slot = keys.slot(tile, lane() % 16);
-      if (scale && tensor.groups <= 1 && lane() < 16) {
-        ptx::cp_async_4(ptx::shared_address(&sTile.token_scale[lane()]),
-                        scale + scale_offset(tensor, slot, 0), 4);
+      const char* const tile_data =
+          data + uint64_t(uint32_t(tile.page)) * (tensor.row_stride * kElementBytes) +
+          uint64_t(uint32_t(tile.token)) * uint32_t(token_bytes);
+      const auto inside = [&](int row) {  // an offset of rows, from the lane's first
+        return keys.inside(tile.key0 + first_row() + row) - tile.first - first_row();
+      };
+      if constexpr (kShort) {
+        copy_rows<true>(sTile,
+                        [&](int row) { return tile_data + int64_t(inside(row)) * token_bytes; });
+      } else if (tile.full) {
+        copy_rows<true>(sTile, [&](int row) { return tile_data + row * token_bytes; });
+      } else {
+        copy_rows<false>(sTile,
+                         [&](int row) { return tile_data + int64_t(inside(row)) * token_bytes; });
       }
     }
-    if constexpr (Format::kGroupScale) {
+    if constexpr (Format::kGroupShare) {
+      if (scale) copy_shared_scales(sTile, keys, tile);
+    } else if constexpr (Format::kTokenScale) {
+      const KvSlot slot = keys.slot(tile, lane() % 16);
+      if (scale && tensor.groups <= 1 && lane() < 16) {
+        ptx::cp_async_4(ptx::shared_address(&sTile.token_scale[lane()]), scale_of(slot), 4);
+      }
+    }
+    if constexpr (Format::kGroupScale && !Format::kGroupShare) {
       if (tensor.groups > 1) copy_group_scales(sTile, keys, tile);
     }
   }
@@ -158,7 +119,12 @@ struct RowReader {
     for (int i = lane(); i < 16 * kRowSlots; i += 32) {
       if (!seen(i / kRowSlots)) sTile.slots[i / kRowSlots][i % kRowSlots] = {};
     }
-    if constexpr (Format::kTokenScale) {
+    if constexpr (Format::kGroupShare) {
+#pragma unroll 1
+      for (int i = lane(); i < 16 * tensor.groups; i += 32) {
+        if (!seen(i / tensor.groups)) sTile.group_scale[0][i] = 0.f;
+      }
+    } else if constexpr (Format::kTokenScale) {
       if (lane() < 16 && !seen(lane())) sTile.token_scale[lane()] = 0.f;
     }
   }
@@ -171,34 +137,31 @@ struct RowReader {
     Lane x;
     x.x = *reinterpret_cast<const Bytes<Format::kBytes>*>(at(sTile, key, vector * Format::kBytes));
     if constexpr (Format::kGroupShare) {
-      const int group = vector * vector_groups >> 16;
-      x.scale = tensor.groups > 1 ? sTile.group_scale[key][group] : __uint_as_float(0x3c003c00);
+      const __half* const sFactors =
+          sTile.factors[min(vector * vector_groups >> 16, uint32_t(max(tensor.groups, 1) - 1))];
+      if constexpr (kLanes == 4) {
+        const __half2 both = *reinterpret_cast<const __half2*>(sFactors + factor(key % 8));
+        x.factors = row == 0 ? __low2half2(both) : __high2half2(both);
+      } else {
+        x.factors = *reinterpret_cast<const __half2*>(sFactors + factor(key & ~1));
+      }
     } else if constexpr (Format::kGroupScale) {
       x.scale = tensor.groups > 1 ? sTile.group_scale[key][vector] : 1.f;
     }
     return x;
   }
 
-  // From groups' scales to shares of the largest, which becomes the row's scale.
-  __device__ void share_scales(Tile& sTile, int row) const {
-    if (tensor.groups <= 1) return;
-    float* const sScale = sTile.group_scale[row];
-    float largest = 0.f;
-#pragma unroll 4
-    for (int i = 0; i < tensor.groups; ++i) largest = fmaxf(largest, fabsf(sScale[i]));
-    const float inverse = largest > 0.f ? 1.f / largest : 0.f;
-#pragma unroll 4
-    for (int i = 0; i < tensor.groups; ++i) {
-      const __half2 share = __float2half2_rn(sScale[i] * inverse);
-      sScale[i] = reinterpret_cast<const float&>(share);
-    }
-    sTile.token_scale[row] = largest;
+  __device__ RowScales<Format> row_scales(Tile& sTile, int row) const {
+    const int groups = max(tensor.groups, 1);
+    return {scale != nullptr, sTile.group_scale[0] + row * groups, &sTile.factors[0][factor(row)],
+            &sTile.token_scale[row], groups};
   }
 
   // Of keys g (half 0) and g + 8.
   __device__ float read_token_scale(const Tile& sTile, int half) const {
     if constexpr (Format::kTokenScale) {
-      if (has_token_scale()) return sTile.token_scale[lane() / 4 + half * 8];
+      const bool given = scale && tensor.groups <= 1;
+      if (Format::kGroupShare || given) return sTile.token_scale[lane() / 4 + half * 8];
     }
     return 1.f;
   }
@@ -206,34 +169,51 @@ struct RowReader {
  private:
   static __device__ int lane() { return threadIdx.x % 32; }
 
-  __device__ bool has_token_scale() const {
-    return scale && (tensor.groups <= 1 || Format::kGroupShare);
+  static constexpr int kCopies = kHeadDim * kElementBytes / kCopyBytes;  // of a row
+  // for a lane, in all rows that it copies of a tile
+  static constexpr bool kSameByte = 32 % kCopies == 0;
+
+  // Of a lane's first copy of a tile.
+  static __device__ int first_row() { return kSameByte ? lane() / kCopies : 0; }
+  static __device__ int first_byte() { return kSameByte ? lane() % kCopies * kCopyBytes : 0; }
+
+  // Where the factor of a row lies among those of its group: lanes read those of two rows of K, or
+  // of four of V, at once.
+  static __device__ int factor(int row) {
+    return kLanes == 4 ? row % 8 * 2 + row / 8 : row % 8 / 2 * 4 + row / 8 * 2 + row % 2;
+  }
+
+  __device__ const float* scale_of(KvSlot slot) const {
+    return scale + uint64_t(uint32_t(slot.row)) * tensor.scale_row_stride +
+           uint64_t(uint32_t(slot.token)) * uint32_t(tensor.scale_token_stride);
   }
 
   // Slots of a row are permuted so that lanes of one read hit different banks: the rows that these
   // read together differ in their lowest bits for K, and in the bits above the lowest for V.
+  static constexpr __device__ int flip(int row) {
+    return kLanes == 8 ? row / 2 % 4 * 2 : Format::kBytes == 16 ? row % 2 * 4 : row % 4 * 2;
+  }
+
   template <typename T>
   static __device__ auto at(T& sTile, int row, int byte) {
-    const int flip = kLanes == 8            ? row / 2 % 4 * 2
-                     : Format::kBytes == 16 ? row % 2 * 4
-                                            : row % 4 * 2;
-    auto* const slot = &sTile.slots[row][(byte / 16) ^ flip];
+    auto* const slot = &sTile.slots[row][(byte / 16) ^ flip(row)];
     return reinterpret_cast<std::conditional_t<std::is_const_v<T>, const char, char>*>(slot) +
            byte % 16;
   }
 
+  // source(row): where the lane's byte of a row lies, counted from the lane's first.
   // kUnroll: little of what seldom runs
   template <bool kUnroll, typename Source>
   __device__ void copy_rows(Tile& sTile, Source source) const {
-    constexpr int kCopies = kHeadDim * kElementBytes / kCopyBytes;  // of a row
+    const uint32_t sSlots = ptx::shared_address(sTile.slots);
 #pragma unroll kUnroll ? kCopies * 16 / 32 : 4
     for (int i = 0; i < kCopies * 16; i += 32) {
-      constexpr bool kSameByte = 32 % kCopies == 0;  // for a lane, in all rows
-      const int row = kSameByte ? i / kCopies + lane() / kCopies : (i + lane()) / kCopies;
-      const int byte = (kSameByte ? lane() : i + lane()) % kCopies * kCopyBytes;
+      const int row = kSameByte ? i / kCopies : (i + lane()) / kCopies;
+      const int byte = kSameByte ? 0 : (i + lane()) % kCopies * kCopyBytes;
       const char* const src = source(row) + byte;
-      const uint32_t dst = ptx::shared_address(at(sTile, row, byte));
-      const int bytes = byte < head_dim * kElementBytes ? kCopyBytes : 0;
+      const uint32_t dst = kSameByte ? sSlots + row * (kRowSlots * 16) + (slot ^ flip(row) * 16)
+                                     : ptx::shared_address(at(sTile, row, byte));
+      const int bytes = first_byte() + byte < head_dim * kElementBytes ? kCopyBytes : 0;
       if constexpr (kCopyBytes == 16) {
         ptx::cp_async_16(dst, src, bytes);
       } else {
@@ -242,23 +222,34 @@ struct RowReader {
     }
   }
 
-  __device__ void copy_group_scales(Tile& sTile, const RowKeys<kWholeTiles>& keys,
-                                    const KeyTile& tile) const {
-    if constexpr (Format::kGroupShare) {
-      const int row = lane() % 16;
-      const float* const gScale = scale + scale_offset(tensor, keys.slot(tile, row), 0);
-      for (int i = lane() / 16; i < tensor.groups; i += 2) {
-        ptx::cp_async_4(ptx::shared_address(&sTile.group_scale[row][i]), gScale + i, 4);
+  __device__ void copy_shared_scales(Tile& sTile, const RowKeys<kWholeTiles>& keys,
+                                     const KeyTile& tile) const {
+    if (tile.full && dense_scales) {
+      const float* const gScale = scale_of({tile.page, tile.token});
+#pragma unroll 1
+      for (int i = lane() * 4; i < 16 * tensor.groups; i += 32 * 4) {
+        ptx::cp_async_16(ptx::shared_address(&sTile.group_scale[0][i]), gScale + i, 16);
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < kGroups * 16; i += 32) {
-        const int row = (i + lane()) / kGroups, vector = (i + lane()) % kGroups;
-        const int dim = min(vector * Format::kElements, head_dim - 1);
-        const float* const gScale = scale + scale_offset(tensor, keys.slot(tile, row), 0);
-        ptx::cp_async_4(ptx::shared_address(&sTile.group_scale[row][vector]),
-                        gScale + dim * tensor.groups / head_dim, 4);
+      const int row = lane() % 16;
+      const float* const gScale = scale_of(keys.slot(tile, row));
+#pragma unroll 1
+      for (int i = lane() / 16; i < tensor.groups; i += 2) {
+        const uint32_t dst = ptx::shared_address(sTile.group_scale[0] + row * tensor.groups + i);
+        ptx::cp_async_4(dst, gScale + i, 4);
       }
+    }
+  }
+
+  __device__ void copy_group_scales(Tile& sTile, const RowKeys<kWholeTiles>& keys,
+                                    const KeyTile& tile) const {
+#pragma unroll
+    for (int i = 0; i < kGroups * 16; i += 32) {
+      const int row = (i + lane()) / kGroups, vector = (i + lane()) % kGroups;
+      const int dim = min(vector * Format::kElements, head_dim - 1);
+      const float* const gScale = scale_of(keys.slot(tile, row));
+      ptx::cp_async_4(ptx::shared_address(&sTile.group_scale[row][vector]),
+                      gScale + dim * tensor.groups / head_dim, 4);
     }
   }
 };

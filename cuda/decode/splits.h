@@ -23,7 +23,7 @@ constexpr int decode_column_tiles(int head_dim, int columns) {
 constexpr int kWideWarps = 8;
 
 // The most keys that such a block was seen to read better than several beside each other.
-constexpr int wide_keys(int element_bytes) { return element_bytes == 1 ? 1024 : 8192; }
+constexpr int wide_keys(int element_bytes) { return element_bytes == 1 ? 2048 : 8192; }
 
 // Small blocks start, merge and end while others read: 128 rows of 128 keys of 32 int8 heads take
 // 56 us with 2 warps and 74 with 4 (H200). Many columns come with few blocks, which need the warps.
@@ -58,11 +58,14 @@ constexpr bool fits_clusters(int64_t rows, int size) {
          rows * size <= kMultiprocessors - kProcessingClusters * (size - 2);
 }
 
+// Blocks whose warps' keys have so many dims on each of them.
+constexpr int slots_of_dims(int dims, int head_dim, int warps) {
+  return kMultiprocessors * std::max(dims / (warps * std::max(head_dim, 128)), 1);
+}
+
 // Blocks that they hold at once, as shared memory allows for 16-bit keys, registers for bytes.
 constexpr int decode_slots(int head_dim, int column_tiles, int warps, int key_bytes = 2) {
-  const int dims = key_bytes == 1 && column_tiles == 1 ? 2048 : 1536;  // of all warps' keys
-  const int blocks = dims / (warps * std::max(head_dim, 128));
-  return kMultiprocessors * std::max(blocks, 1);
+  return slots_of_dims(key_bytes == 1 && column_tiles == 1 ? 2048 : 1536, head_dim, warps);
 }
 
 // A model of the time on an H200, in microseconds: waves of blocks at the memory's rate, what a
@@ -122,9 +125,9 @@ struct DecodeSplit {
 };
 
 // What the models like best for dense queries over a cache of full rows. key_bytes: of an element;
-// 0 for what only the general kernels read.
+// 0 for what only the general kernels read. grouped: elements of a key have several scales.
 inline DecodeSplit decode_split(int batch, int len_q, int heads_q, int heads_kv, int head_dim,
-                                int head_dim_v, int64_t max_len_kv, int key_bytes) {
+                                int head_dim_v, int64_t max_len_kv, int key_bytes, bool grouped) {
   constexpr int64_t kScratchBytes = 64 << 20;
   constexpr float kLeast = 3;  // us: blocks of few warps never take less
   const int columns = heads_q / heads_kv * len_q, dim = std::max(head_dim, head_dim_v);
@@ -158,9 +161,14 @@ inline DecodeSplit decode_split(int batch, int len_q, int heads_q, int heads_kv,
     });
   };
   const int warps = decode_warps(tiles), slots = decode_slots(dim, tiles, warps);
-  // one wave of bytes is best with no more blocks than for 16 bits: 16 x 32768 keys of 8 heads take
-  // 272 us in 768 blocks and 280 in 1024 (H200)
-  if (key_bytes == 1) try_slots(slots, slots);
+  // One wave of bytes is best in few blocks: 64 x 8192 keys of 8 heads take 267 us in 512 and 282
+  // in 1024 (H200). With scales of groups, warps that work on these leave memory idle in so few: 16
+  // x 32768 keys take 298 us in 768 blocks, 320 in 512 and 304 in 1024.
+  if (key_bytes == 1) {
+    const int few = slots_of_dims(1024, dim, warps);
+    if (tiles == 1 && dim >= 128 && !grouped) try_slots(few, few);
+    try_slots(slots, slots);
+  }
   try_slots(decode_slots(dim, tiles, warps, key_bytes), INT64_MAX);
   if (tiles == 1 && dim <= 128 && key_bytes > 0) {
     try_warps(kWideWarps, kMultiprocessors, [&](int splits, int64_t scratch) {
