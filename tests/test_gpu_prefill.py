@@ -3,6 +3,7 @@
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import reference
 from gpu import DTYPES, LENGTHS_K, LENGTHS_Q, check, check_dense, run_dense, same_bits
@@ -86,14 +87,15 @@ def test_few_queries(len_q, len_kv, group, dtype, head_dim, names, rng):
     check_dense(shape, dtype, cases.options_of(names, rng, shape), rng)
 
 
-@pytest.mark.parametrize("len_q", [1, 8])
-def test_few_queries_of_a_drop_in(len_q, rng):
-    q, k, v = cases.qkv(rng, cases.Shape(3, len_q, 200, 4, 2, 64), jnp.bfloat16)
-    lengths = jnp.array([200, 17, 1], jnp.int32)
-    options = dict(is_causal=True, key_value_seq_lengths=lengths)
-    actual = jax_fa.dot_product_attention(q, k, v, **options)
-    expected = jax.nn.dot_product_attention(q, k, v, implementation="xla", **options)
-    assert jnp.abs(actual.astype(jnp.float32) - expected.astype(jnp.float32)).max() < 0.02
+@pytest.mark.parametrize("len_q, causal", [(1, False), (8, True)])
+def test_few_queries_of_a_drop_in(len_q, causal, rng):
+    """The diagonal begins at the first key: that of decoding for as many keys as queries."""
+    len_kv = len_q if causal else 200
+    q, k, v = cases.qkv(rng, cases.Shape(3, len_q, len_kv, 4, 2, 64), jnp.bfloat16)
+    lengths = None if causal else jnp.array([200, 17, 1], jnp.int32)
+    out = jax_fa.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths)
+    ref, _ = reference.attention(q, k, v, causal=causal, kv_lengths=lengths)
+    assert np.abs(reference.as_float64(out) - ref).max() < 0.02
 
 
 @pytest.mark.parametrize("group", [2, 4, 5, 6, 7, 16, 32])
