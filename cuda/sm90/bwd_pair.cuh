@@ -125,6 +125,7 @@ struct ProbabilityConsumer : PairConsumer<Traits> {
       hand_over();
       wait_for_dout();
     }
+    __syncwarp();  // all lanes have waited for dO
     shared.release(shared.dout_empty[this->douts().at()]);
     ring.advance();
   }
@@ -211,6 +212,7 @@ struct GradientConsumer : PairConsumer<Traits> {
     if (this->classify(row0) != TileMask::kSkip) {
       add_seen();
     } else {
+      __syncwarp();  // all lanes have waited for dO
       release_dout();
       wait_for_p();
 #pragma unroll
@@ -342,8 +344,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Traits::kThreads, 1)
     GradientConsumer<Traits>(params, shared).run();
   }
   __syncwarp();
-  ptx::cluster_arrive();
-  ptx::cluster_wait();  // neither block's shared memory goes while the other uses it
+  ptx::cluster_arrive_release();  // the arrivals at the other block's barriers come before
+  ptx::cluster_wait();            // neither block's shared memory goes while the other uses it
 }
 
 }  // namespace jax_fa
