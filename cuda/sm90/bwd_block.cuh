@@ -195,4 +195,25 @@ __device__ __forceinline__ void for_each_term(const KeyWork& work, int row0, F f
   }
 }
 
+// {lse_log2, delta} of a tile of queries on their way to shared memory, a few in each lane.
+template <class Traits>
+struct RowStats {
+  static constexpr int kRows = Traits::kBlockN / 32;
+  float2 rows[kRows];
+
+  __device__ RowStats(const BackwardParams& p, const KeyWork& work, int head, int row0) {
+    const float2* gRows = p.rows + work.stats0 + head * p.fwd.lse_head_stride + row0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = i * 32 + threadIdx.x % 32;
+      rows[i] = row0 + row < work.len_q ? gRows[row] : float2{INFINITY, 0.f};  // no probability
+    }
+  }
+
+  __device__ void store(float2* sRows) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) sRows[i * 32 + threadIdx.x % 32] = rows[i];
+  }
+};
+
 }  // namespace jax_fa

@@ -91,22 +91,14 @@ struct PairLoader {
 
   __device__ void load_q(const KeyWork& work, int head, int row0) {
     const int at = ring.at();
-    const BackwardParams& p = params.backward;
-    const float2* gRows = p.rows + work.stats0 + head * p.fwd.lse_head_stride + row0;
-    float2 rows[Traits::kBlockN / 32];
-#pragma unroll
-    for (int i = 0; i < Traits::kBlockN / 32; ++i) {
-      const int row = i * 32 + lane;
-      rows[i] = row0 + row < work.len_q ? gRows[row] : float2{INFINITY, 0.f};  // no probability
-    }
+    const RowStats<Traits> rows(params.backward, work, head, row0);
     ptx::barrier_wait(shared.q_empty[at], ring.parity() ^ 1);
     if (lane == 0) {
       const bool clears = must_clear_queries<Traits>(work, row0);
       load_half(shared.q[at], params.q, head, work.token0 + row0,
                 clears ? shared.q_uncleared[at] : shared.q_full[at]);
     }
-#pragma unroll
-    for (int i = 0; i < Traits::kBlockN / 32; ++i) shared.rows[at][i * 32 + lane] = rows[i];
+    rows.store(shared.rows[at]);
     ptx::barrier_arrive(shared.q_full[at]);
   }
 

@@ -165,14 +165,7 @@ struct KeyLoader {
   // Queries past the row's last are those of a neighbour, until they are cleared.
   __device__ void load_queries(const KeyWork& work, int head, int row0) {
     const int at = ring.at();
-    const BackwardParams& p = params.backward;
-    const float2* gRows = p.rows + work.stats0 + head * p.fwd.lse_head_stride + row0;
-    float2 rows[Traits::kBlockN / 32];
-#pragma unroll
-    for (int i = 0; i < Traits::kBlockN / 32; ++i) {
-      const int row = i * 32 + lane;
-      rows[i] = row0 + row < work.len_q ? gRows[row] : float2{INFINITY, 0.f};  // no probability
-    }
+    const RowStats<Traits> rows(params.backward, work, head, row0);
     ptx::Barrier& full = shared.queries_full[at];
     ptx::barrier_wait(shared.queries_empty[at], ring.parity() ^ 1);
     if (lane == 0) {
@@ -187,8 +180,7 @@ struct KeyLoader {
         ptx::tensor_load(shared.dout[at][i], params.dout, dim, head, token, 0, landed);
       }
     }
-#pragma unroll
-    for (int i = 0; i < Traits::kBlockN / 32; ++i) shared.rows[at][i * 32 + lane] = rows[i];
+    rows.store(shared.rows[at]);
     ptx::barrier_arrive(full);
     ring.advance();
   }
