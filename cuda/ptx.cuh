@@ -17,6 +17,16 @@ __device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src, int b
                : "memory");
 }
 
+// The same of what is read once: it leaves L2 first.
+__device__ __forceinline__ void cp_async_16_once(uint32_t dst, const void* src, int bytes) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(dst),
+      "l"(src), "r"(bytes), "l"(policy)
+      : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;"); }
 
 // Waits until at most kPending of this thread's committed groups are still in flight.

@@ -214,7 +214,10 @@ struct RowReader {
       const uint32_t dst = kSameByte ? sSlots + row * (kRowSlots * 16) + (slot ^ flip(row) * 16)
                                      : ptx::shared_address(at(sTile, row, byte));
       const int bytes = first_byte() + byte < head_dim * kElementBytes ? kCopyBytes : 0;
-      if constexpr (kCopyBytes == 16) {
+      // H200, 128 x 2048 keys of 32 heads: 1 % faster for 16-bit keys, none for bytes
+      if constexpr (kCopyBytes == 16 && kElementBytes == 2) {
+        ptx::cp_async_16_once(dst, src, bytes);
+      } else if constexpr (kCopyBytes == 16) {
         ptx::cp_async_16(dst, src, bytes);
       } else {
         ptx::cp_async_8(dst, src, bytes);
