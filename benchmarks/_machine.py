@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 
 import jax
@@ -56,6 +57,7 @@ def describe():
         "cpu": platform.machine(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
+        "arch": os.environ.get("JAX_FA_ARCH"),  # the tier that was asked for
         "peers": {name: version for name in _PEERS if (version := _version(name))},
         "peak_tflops": rates and rates.tflops,
         "peak_gb_per_s": rates and rates.gb_per_s,

@@ -33,8 +33,8 @@ def main():
     paths = parser.parse_args().result
     results = [json.loads(path.read_text()) for path in paths]
     path, machine = paths[0], results[0]["machine_info"]
-    for key in ("sources", "gpu", "driver", "jax"):
-        found = {result["machine_info"][key] for result in results}
+    for key in ("sources", "gpu", "driver", "jax", "arch"):
+        found = {result["machine_info"].get(key) for result in results}
         if len(found) > 1:
             parser.error(f"results must agree in {key}, got {found}")
     rows = [entry["extra_info"] for result in results for entry in result["benchmarks"]]
@@ -109,11 +109,12 @@ def _chart(sweep, rows, machine, path):
 
 def _markdown(rows, machine, charts):
     method = ", ".join(sorted({row["method"] for row in rows}))
+    arch = machine.get("arch")
     lines = [
         f"# Benchmarks on {machine['gpu'] or 'a CPU'}",
         "",
         f"{method}. Driver {machine['driver']}, jax {machine['jax']}, {machine['date']}, "
-        f"{machine['sources']}. Peers: "
+        f"{machine['sources']}{f', JAX_FA_ARCH={arch}' if arch else ''}. Peers: "
         + (", ".join(f"{name} {version}" for name, version in machine["peers"].items()) or "none")
         + ".",
         "",
