@@ -2,9 +2,9 @@
 // (TMA), warpgroup products (wgmma) and warps of different roles.
 //
 // One block per SM walks tiles of queries of one head. Its first warpgroup produces (producer.cuh):
-// warp 0 says which tile comes next, warp 1 starts the copies of its queries and of the keys and
-// values that they see, from the last to the first, warp 2 clears values past a row's length. The
-// other warpgroups consume, 64 queries each. Per tile of keys a warpgroup does
+// warp 0 says which tile comes next, warp 1 starts the copies of its queries and of the keys that
+// they see, from the last to the first, warp 3 those of values, warp 2 clears values past a row's
+// length. The other warpgroups consume, 64 queries each. Per tile of keys a warpgroup does
 //
 //     s = q K(n - 1)^T   and   o = o + p V(n)      in its turn, on the tensor cores
 //     p = softmax(s)                               while the next warpgroup has its turn
@@ -95,26 +95,33 @@ struct Consumer {
 
   // --- the products; they only start here ---
 
+  __device__ static PanelStrides strides_of(const PanelStrides& given) {
+    return Traits::kInGroups ? given : PanelStrides::of<Traits>(false, 1);
+  }
+
   __device__ void start_qk() {
     uint64_t q = panel_descriptor<Traits::kPanel>(shared.q[q_ring.at()][0][consumer * 64]);
     if constexpr (Traits::kQuantized) pin(q);  // no registers for all that it leads to
-    const uint64_t k = panel_descriptor<Traits::kPanel>(shared.k[k_ring.at()]);
+    const PanelStrides strides = strides_of(hopper.k_strides);
+    const uint64_t k = panel_descriptor<Traits::kPanel>(shared.k[k_ring.at()], 16, strides.group);
     pin(scores());
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
       constexpr int kSteps = Traits::kPanel / 16;  // in a panel
-      const int step = i % kSteps * 2, panel = i / kSteps * Traits::kPanel * 2 / 16;
-      Wgmma<Traits::kDType, kBlockN>::ss(scores(), q + panel * Traits::kBlockM + step,
-                                         k + panel * kBlockN + step, i > 0);
+      const int step = i % kSteps * 2, panel = i / kSteps;
+      Wgmma<Traits::kDType, kBlockN>::ss(
+          scores(), q + panel * (Traits::kBlockM * Traits::kPanel * 2 / 16) + step,
+          k + panel * (strides.panel / 16) + step, i > 0);
     }
     ptx::wgmma_commit();
   }
 
   __device__ void start_pv() {
     constexpr int kDims = kHeadDimV / Traits::kOutputParts, kPanels = kDims / Traits::kPanel;
-    constexpr int kPanelBytes = kBlockN * Traits::kPanel * 2;
-    const uint64_t v = panel_descriptor<Traits::kPanel>(shared.v[v_ring.at()], kPanelBytes);
+    const PanelStrides strides = strides_of(hopper.v_strides);
+    const uint64_t v =
+        panel_descriptor<Traits::kPanel>(shared.v[v_ring.at()], strides.panel, strides.group);
     auto& parts = reinterpret_cast<float (&)[Traits::kOutputParts][kDims / 2]>(o);
     pin(o);
     pin(p);
@@ -125,7 +132,7 @@ struct Consumer {
       for (int part = 0; part < Traits::kOutputParts; ++part) {
         Wgmma<Traits::kDType, kDims>::rs(
             parts[part], &p[i * 4],
-            v + (part * kPanels * kPanelBytes + i * Traits::kPanel * 32) / 16);
+            v + (part * kPanels * strides.panel + i * 2 * strides.group) / 16);
       }
     }
     ptx::wgmma_commit();
@@ -415,12 +422,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       case 0:
         return Scheduler<Traits>{params, shared}.run();
       case 1:
-        return Loader<Traits>{params, shared}.run();
+        return Loader<Traits, false>{params, shared}.run();
       default:
         if constexpr (Traits::kQuantized) {
           return ScaleLoader<Traits>{params, shared}.run();
         } else if (threadIdx.x / 32 == 2) {
-          return clear_values<Traits>(params.attention, shared);
+          return clear_values<Traits>(params.attention, shared, params.v_strides);
+        } else {
+          return Loader<Traits, true>{params, shared}.run();
         }
     }
   } else if (threadIdx.x < Traits::kOthers * 128) {
@@ -462,7 +471,14 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   error = make_tensor_map(params.q, p.dtype, p.q, p.head_dim, p.heads_q, p.q_head_stride, p.total_q,
                           p.q_token_stride, 1, 0, kPanel, Traits::kBlockM);
   if (error != cudaSuccess) return error;
-  const auto keys = [&](CUtensorMap& map, const KvTensor& x, int dim) {
+  params.in_groups = Traits::kInGroups && fwd_sm90_in_groups(p, kPanel);
+  params.k_strides = PanelStrides::of<Traits>(params.in_groups, Traits::kPanels);
+  params.v_strides = PanelStrides::of<Traits>(params.in_groups, Traits::kPanelsV);
+  const auto keys = [&](CUtensorMap& map, const KvTensor& x, int dim, int dim_tile) {
+    if (params.in_groups) {
+      return make_group_map(map, x.dtype, x.data, dim, p.heads_kv, x.head_stride, x.token_stride,
+                            kPanel, dim_tile / kPanel, params.box_tokens / 8);
+    }
     // Rows that are named may be any: those of other layers or lanes of a vmap follow.
     const bool named = p.kv.layer || p.kv.rows || p.kv.page_table;
     const int64_t rows = named ? INT32_MAX : x.rows;
@@ -470,9 +486,9 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
     return make_tensor_map(map, x.dtype, x.data, dim, p.heads_kv, x.head_stride, x.tokens,
                            x.token_stride, rows, x.row_stride, box_dims, params.box_tokens);
   };
-  error = keys(params.k, p.k, p.head_dim);
+  error = keys(params.k, p.k, p.head_dim, kHeadDim);
   if (error != cudaSuccess) return error;
-  error = keys(params.v, p.v, p.head_dim_v);
+  error = keys(params.v, p.v, p.head_dim_v, Traits::kHeadDimV);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(params.o, p.dtype, p.o, p.head_dim_v, p.heads_q, p.head_dim_v, p.total_q,
                           int64_t(p.heads_q) * p.head_dim_v, 1, 0, kPanel, 16);

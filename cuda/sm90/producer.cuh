@@ -139,8 +139,9 @@ struct Scheduler {
   }
 };
 
-// Warp 1 of the producers.
-template <class Traits>
+// Warp 1 of the producers loads queries and keys, warp 3 values: pages make many boxes, and a warp
+// takes 100 cycles to start one. Of 8 bits, which share a ring, warp 1 loads both.
+template <class Traits, bool kValues>
 struct Loader {
   template <int kPanels>
   using Tile = typename HopperStorage<Traits>::template Tile<kPanels, Traits::kBlockN>;
@@ -202,21 +203,21 @@ struct Loader {
     Box box = find_box(tile, tile.end - 1);
     for (int n = tile.end - 1; n >= tile.begin; --n) {
       const Box next = find_box(tile, max(n - 1, tile.begin));
+      const int at = kv_ring.at(), parity = kv_ring.parity() ^ 1;
       if constexpr (Traits::kQuantized) {
         load_bytes(params.k, tile.head_kv, tile.k_row, box);
         if (n == tile.end - 1) load_q(tile.q);
         load_bytes(params.v, tile.head_kv, tile.v_row, box);
-        box = next;
-        continue;
+      } else if constexpr (kValues) {
+        ptx::barrier_wait(shared.v_empty[at], parity);
+        const bool clear = n == tile.end - 1 && must_clear<Traits>(p, tile);
+        load_keys(shared.v[at], params.v, clear ? shared.v_uncleared[at] : shared.v_full[at],
+                  tile.head_kv, tile.v_row, box);
+      } else {
+        ptx::barrier_wait(shared.k_empty[at], parity);
+        load_keys(shared.k[at], params.k, shared.k_full[at], tile.head_kv, tile.k_row, box);
+        if (n == tile.end - 1) load_q(tile.q);
       }
-      const int at = kv_ring.at(), parity = kv_ring.parity() ^ 1;
-      ptx::barrier_wait(shared.k_empty[at], parity);
-      load_keys(shared.k[at], params.k, shared.k_full[at], tile.head_kv, tile.k_row, box);
-      if (n == tile.end - 1) load_q(tile.q);
-      ptx::barrier_wait(shared.v_empty[at], parity);
-      const bool clear = n == tile.end - 1 && must_clear<Traits>(p, tile);
-      load_keys(shared.v[at], params.v, clear ? shared.v_uncleared[at] : shared.v_full[at],
-                tile.head_kv, tile.v_row, box);
       kv_ring.advance();
       box = next;
     }
@@ -239,6 +240,12 @@ struct Loader {
                             int head_kv, int row, const Box& box) {
     expect(full, box, sizeof(sTile) / Traits::kBlockN);
     if (box.token < 0) return;
+    if (Traits::kInGroups && params.in_groups) {
+      const int group = (row + box.row) * (p.kv.page_size / 8) + box.token / 8;
+      ptx::tensor_load(&sTile[0][0][0] + box_start() * kPanels * Traits::kPanel, map, 0, 0, 0,
+                       group, head_kv, full);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) {
       ptx::tensor_load(sTile[i][box_start()], map, i * Traits::kPanel, head_kv, box.token,
@@ -256,7 +263,8 @@ struct Loader {
 
 // Warp 2 of the producers: stands between copies and consumers where values have to be cleared.
 template <class Traits>
-__device__ void clear_values(const AttentionParams& p, HopperStorage<Traits>& shared) {
+__device__ void clear_values(const AttentionParams& p, HopperStorage<Traits>& shared,
+                             const PanelStrides& strides) {
   constexpr int kChunks = Traits::kPanel / 8;  // of 16 bytes, in a panel's row
   const int lane = threadIdx.x % 32;
   Ring<HopperStorage<Traits>::kTiles> ring;
@@ -272,11 +280,14 @@ __device__ void clear_values(const AttentionParams& p, HopperStorage<Traits>& sh
     if (clear) {
       ptx::barrier_wait(shared.v_uncleared[at], parities >> at & 1);
       parities ^= 1 << at;
+      const uint32_t sTile = ptx::shared_address(shared.v[at]);
       for (int i = 0; i < Traits::kPanelsV; ++i) {
-        const uint32_t sRows = ptx::shared_address(shared.v[at][i][Traits::kBlockN - rows]);
 #pragma unroll 1
-        for (int c = lane; c < rows * kChunks; c += 32) {
-          ptx::store_shared_v4(sRows + c * 16, {0, 0, 0, 0});
+        for (int c = (Traits::kBlockN - rows) * kChunks + lane; c < Traits::kBlockN * kChunks;
+             c += 32) {
+          const int group = c / (8 * kChunks), within = c % (8 * kChunks);
+          ptx::store_shared_v4(sTile + i * strides.panel + group * strides.group + within * 16,
+                               {0, 0, 0, 0});
         }
       }
       ptx::fence_async_proxy();

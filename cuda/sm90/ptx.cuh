@@ -132,6 +132,15 @@ __device__ __forceinline__ void tensor_load(void* dst, const CUtensorMap& map, i
       : "memory");
 }
 
+__device__ __forceinline__ void tensor_load(void* dst, const CUtensorMap& map, int c0, int c1,
+                                            int c2, int c3, int c4, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4, %5, %6, %7}], [%2];" ::"r"(shared_address(dst)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 // The same to the same place of both blocks of a cluster, and for the barrier there.
 __device__ __forceinline__ void tensor_load_pair(void* dst, const CUtensorMap& map, int c0, int c1,
                                                  int c2, int c3, Barrier& barrier) {

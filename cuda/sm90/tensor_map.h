@@ -8,13 +8,17 @@
 
 namespace jax_fa {
 
-// An array [rows, tokens, heads, dim], copied in boxes of `box_tokens` tokens of `panel` elements
-// of one head: elements of 16 bits swizzled over the panel's width, those of 8 bits as they are.
-// The driver is asked for the one function that it alone has, so that nothing links against it.
-inline cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* data, int dim,
-                                   int heads, int64_t head_stride, int64_t tokens,
-                                   int64_t token_stride, int64_t rows, int64_t row_stride,
-                                   int panel, int box_tokens) {
+// An axis of an array, and what a box has of it; strides in elements. The innermost has stride 1.
+struct MapAxis {
+  int64_t size, stride;
+  int box;
+};
+
+// Elements of 16 bits are swizzled over the width of a box, those of 8 bits lie as they are. The
+// driver is asked for the one function that it alone has, so that nothing links against it.
+template <int kAxes>
+cudaError_t encode_map(CUtensorMap& map, DType dtype, const void* data,
+                       const MapAxis (&axes)[kAxes]) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -27,26 +31,51 @@ inline cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* da
 
   // An axis of size 1 may have any stride; 16 bytes is one that is always legal.
   const int element = element_size(dtype);
-  const auto bytes = [&](int64_t size, int64_t stride) {
-    return cuuint64_t(size == 1 ? 16 : stride * element);
-  };
-  const cuuint64_t sizes[4] = {cuuint64_t(dim), cuuint64_t(heads), cuuint64_t(tokens),
-                               cuuint64_t(rows)};
-  const cuuint64_t strides[3] = {bytes(heads, head_stride), bytes(tokens, token_stride),
-                                 bytes(rows, row_stride)};
-  const cuuint32_t box[4] = {cuuint32_t(panel), 1, cuuint32_t(box_tokens), 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  cuuint64_t sizes[kAxes], strides[kAxes];
+  cuuint32_t box[kAxes], steps[kAxes];
+  for (int i = 0; i < kAxes; ++i) {
+    sizes[i] = cuuint64_t(axes[i].size);
+    strides[i] = cuuint64_t(axes[i].size == 1 ? 16 : axes[i].stride * element);
+    box[i] = cuuint32_t(axes[i].box);
+    steps[i] = 1;
+  }
   const CUtensorMapDataType type = element == 1            ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUtensorMapSwizzle swizzle = element == 1  ? CU_TENSOR_MAP_SWIZZLE_NONE
-                                     : panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B
-                                                   : CU_TENSOR_MAP_SWIZZLE_64B;
+  const CUtensorMapSwizzle swizzle = element == 1   ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                     : box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B
+                                                    : CU_TENSOR_MAP_SWIZZLE_64B;
   const CUresult result =
-      encode(&map, type, 4, const_cast<void*>(data), sizes, strides, box, steps,
+      encode(&map, type, kAxes, const_cast<void*>(data), sizes, strides + 1, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// An array [rows, tokens, heads, dim], copied in boxes of `box_tokens` tokens of `panel` elements
+// of one head.
+inline cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* data, int dim,
+                                   int heads, int64_t head_stride, int64_t tokens,
+                                   int64_t token_stride, int64_t rows, int64_t row_stride,
+                                   int panel, int box_tokens) {
+  const MapAxis axes[] = {{dim, 1, panel},
+                          {heads, head_stride, 1},
+                          {tokens, token_stride, box_tokens},
+                          {rows, row_stride, 1}};
+  return encode_map(map, dtype, data, axes);
+}
+
+// Tokens of all rows, [tokens / 8, 8, heads, dim / panel, panel], copied in boxes of `box_groups`
+// groups of eight with `box_panels` panels of a head: [box_groups, box_panels, 8, panel].
+inline cudaError_t make_group_map(CUtensorMap& map, DType dtype, const void* data, int dim,
+                                  int heads, int64_t head_stride, int64_t token_stride, int panel,
+                                  int box_panels, int box_groups) {
+  const MapAxis axes[] = {{panel, 1, panel},
+                          {8, token_stride, 8},
+                          {dim / panel, panel, box_panels},
+                          {INT32_MAX, 8 * token_stride, box_groups},
+                          {heads, head_stride, 1}};
+  return encode_map(map, dtype, data, axes);
 }
 
 }  // namespace jax_fa

@@ -171,6 +171,15 @@ inline int fwd_sm90_box(const AttentionParams& p, int tile_n) {
   return p.kv.page_table ? std::gcd(p.kv.page_size, tile_n) : tile_n;
 }
 
+// Whether a box of keys has whole heads: of pages, several panels of one, which it could not fill
+// up with zeros where a head ends within one. Pages of a pool follow each other.
+inline bool fwd_sm90_in_groups(const AttentionParams& p, int panel) {
+  const auto whole = [&](const KvTensor& x, int dim) {
+    return dim % panel == 0 && x.row_stride == x.tokens * x.token_stride;
+  };
+  return p.kv.page_table && whole(p.k, p.head_dim) && whole(p.v, p.head_dim_v);
+}
+
 // With fewer tiles of a row, their differences even out among the many that each block runs.
 constexpr int kTilesWorthTaking = 8;
 

@@ -3,7 +3,8 @@
 // A tile in shared memory is made of panels: all its rows, kPanel adjacent elements of each, 64
 // (128 bytes) or 32, in the swizzle of that width, as bulk copies leave it. One descriptor names a
 // panel's place; a product of 16 elements along the rows starts 32 bytes further on for each step,
-// one of 16 rows starts 16 rows further on, and reaches over all panels.
+// one of 16 rows starts 16 rows further on, and reaches over all panels. Groups of eight rows may
+// lie further apart.
 #pragma once
 
 #include "../params.h"
@@ -15,12 +16,12 @@ namespace jax_fa {
 // bytes from panel to panel, operand `b` whose rows run along it (V). In a cluster addresses name
 // the block too, past the bits that a descriptor has for them.
 template <int kPanel, bool kInCluster = false>
-__device__ __forceinline__ uint64_t panel_descriptor(const void* panel, uint32_t next_panel = 16) {
+__device__ __forceinline__ uint64_t panel_descriptor(const void* panel, uint32_t next_panel = 16,
+                                                     uint32_t next_group = 8 * kPanel * 2) {
   constexpr uint64_t kSwizzle = kPanel == 64 ? 1 : 2;  // of 128 or 64 bytes
-  constexpr uint32_t kEightRows = 8 * kPanel * 2;
   static_assert(kPanel == 64 || kPanel == 32);
   const uint64_t address = (ptx::shared_address(panel) & (kInCluster ? 0x3ffff : ~0u)) >> 4;
-  return address | uint64_t(next_panel >> 4) << 16 | uint64_t(kEightRows >> 4) << 32 |
+  return address | uint64_t(next_panel >> 4) << 16 | uint64_t(next_group >> 4) << 32 |
          kSwizzle << 62;
 }
 
