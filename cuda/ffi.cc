@@ -249,14 +249,15 @@ void set_bias(AttentionParams& p, const In& bias) {
   p.bias_row_stride = d[0] == 1 ? 0 : d[1] * d[2] * d[3];
 }
 
-// The limit that probabilities survive is what Python rounds it to, in the same arithmetic.
+// The limit below which probabilities are lost is what Python rounds it to, in the same arithmetic.
 template <typename Attrs>
 void set_dropout(AttentionParams& p, const In& seeds, const Attrs& attrs) {
   if (attrs.dropout_rate == 0) return;
   p.seeds = optional<uint32_t>(seeds);
-  p.dropout_keep = int(std::nearbyint((1 - attrs.dropout_rate) * 65536));
+  p.dropout_limit = int(std::nearbyint(attrs.dropout_rate * 32768));
   p.dropout_heads = attrs.dropout_heads;
   p.dropout_scale = float(1 / (1 - attrs.dropout_rate));
+  p.dropout_kept = float(1 - attrs.dropout_rate);
 }
 
 ffi::Error to_error(cudaError_t status) {

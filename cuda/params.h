@@ -69,9 +69,10 @@ struct AttentionParams {
   int bias_rows;  // row b reads b % bias_rows
   DType bias_dtype;
   const uint32_t* seeds;          // [batch, 2] of dropout, or null: none
-  int dropout_keep;               // of 2^16 probabilities, so many survive
+  int dropout_limit;              // of 2^15 probabilities, so many are lost
   bool dropout_heads;             // else all heads drop what head 0 does
   float dropout_scale;            // 1 / (1 - rate)
+  float dropout_kept;             // 1 - rate
   int* next_tile;                 // scratch of two ints, for prefill; needs no initial value
   float scale, softcap;           // softcap == 0: none
   int window_left, window_right;  // -1: unbounded; causal is (.., 0)

@@ -77,6 +77,23 @@ __device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t selector) {
   return y;
 }
 
+// Ones in each half of x whose magnitude as float16 is not less than that of `least`, or NaN: as
+// integers of 15 bits, the sign aside, it is not less, unless `least` is NaN.
+__device__ __forceinline__ uint32_t not_below_f16x2(uint32_t x, uint32_t least) {
+  uint32_t y;
+  asm("{\n.reg .b32 magnitude;\nabs.f16x2 magnitude, %1;\nset.geu.u32.f16x2 %0, magnitude, %2;\n}"
+      : "=r"(y)
+      : "r"(x), "r"(least));
+  return y;
+}
+
+// Of a warp's 8 x 8 elements of 16 bits, two adjacent ones of row lane / 4 in each lane.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // d[16, 8] += a[16, 16] b[16, 8]. With g = lane / 4 and t = lane % 4: d = rows g, g, g + 8, g + 8,
 // columns 2t, 2t + 1, 2t, 2t + 1; a = rows g, g + 8, g, g + 8, columns 2t and 2t + 1 (+ 8 in the
 // last two); b = column g, rows 2t and 2t + 1 (+ 8 in b1).

@@ -62,7 +62,8 @@ def flash_attention(
       bias: `[B, N, T, S]` float, any axis may be 1; -inf hides a key.
       q_lengths: int32 `[B]`: rows at or past it give out 0 and lse -inf. None: T.
       kv_lengths: int32 `[B]`: keys at or past it are not seen and may hold anything. None: S.
-      dropout_rate: Probability in `[0, 1)` with which an attention probability is dropped.
+      dropout_rate: Probability in `[0, 1)` with which an attention probability is dropped, to a
+        multiple of `2**-15`.
       dropout_rng: A JAX random key, needed if dropout_rate > 0.
       broadcast_dropout: Whether all rows and heads drop the same probabilities.
       return_lse: Whether to return lse too.

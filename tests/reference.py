@@ -211,11 +211,11 @@ def rotary(x, cos, sin, positions, interleaved):
 
 
 def philox(counter, key):
-    """Philox4x32-10 on Python integers or arrays of uint64 (Salmon et al. 2011)."""
+    """Philox4x32-7 on Python integers or arrays of uint64 (Salmon et al. 2011)."""
     word = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(7):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & word, (p0 >> 32) ^ c3 ^ k1, p0 & word
         k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
@@ -223,15 +223,23 @@ def philox(counter, key):
 
 
 def dropout_keep(seed, heads, len_q, len_kv, rate, broadcast):
-    """bool `[N, T, S]` of one row."""
-    blocks = -(-len_kv // 8)
-    n, i, block = np.meshgrid(
-        *(np.arange(x, dtype=np.uint64) for x in (heads, len_q, blocks)), indexing="ij"
+    """bool `[N, T, S]` of one row: Philox draws for 32 pairs of each 16 queries and 64 keys."""
+    shape = heads, -(-len_q // 16), 8, -(-len_kv // 64), 4
+    n, i, i_of_8, j, j_of_8 = np.indices(shape, np.uint64)
+    w = philox(
+        (j * 4 + j_of_8, i * 8 + i_of_8, n * (not broadcast), 0 * n), tuple(int(x) for x in seed)
     )
-    words = philox((block, i, n * (not broadcast), 0 * n), tuple(int(x) for x in seed))
-    lanes = np.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], -1)
-    keep = lanes < round((1 - rate) * 65536)
-    return keep.reshape(heads, len_q, 8 * blocks)[..., :len_kv]
+    swapped = [x >> 16 | (x & 0xFFFF) << 16 for x in w]
+    words = []  # four for each 16 keys
+    for first, second, third in ((w, None, None), (w, w, w), (w, w, swapped), (w, swapped, w)):
+        for m in range(4):
+            sums = 0 * n if second is None else second[(m + 1) % 4] ^ third[(m + 2) % 4]
+            words.append(first[m] ^ sums)
+    lanes = np.stack([half & 0x7FFF for x in words for half in (x, x >> 16)], -1)
+    # [N, T / 16, 8, S / 64, 4; 4 of 16 keys, 2 of 8 keys, 2 of 8 queries, 2 keys] -> [N, T, S]
+    lanes = lanes.reshape(*shape, 4, 2, 2, 2).transpose(0, 1, 7, 2, 3, 5, 6, 4, 8)
+    lanes = lanes.reshape(heads, shape[1] * 16, shape[3] * 64)[:, :len_q, :len_kv]
+    return lanes >= round(rate * 32768)
 
 
 def assert_close(actual, expected, tolerance, what="", relative=0.0):

@@ -12,7 +12,7 @@ import jax_fa
 
 pytestmark = pytest.mark.gpu
 
-RATES = [2.0**-18, 2.0**-16, 0.1, 0.5, 0.9, 1 - 2.0**-16, 1 - 2.0**-18]
+RATES = [2.0**-17, 2.0**-15, 2.0**-11, 0.1, 0.5, 0.968, 0.97, 1 - 2.0**-15, 1 - 2.0**-17]
 
 
 def expected_mask(key, batch, heads, len_q, len_kv, rate, broadcast=False):

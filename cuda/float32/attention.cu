@@ -27,9 +27,9 @@
 //
 // A product is shared by 16 x 16 threads. Of a block of scores, thread (x, y) has the elements
 // (y + 16 r, x + 16 c), of a block of rows the rows y + 16 r and four dims from 4 x + 64 t on.
+#include "../dropout.cuh"
 #include "../launch.cuh"
 #include "../mask.cuh"
-#include "../philox.h"
 #include "../rows.cuh"
 #include "../score.cuh"
 #include "../sm80/bwd_walk.cuh"
@@ -215,14 +215,18 @@ __device__ void apply_score(typename B::Block& s, const GeneralScore& score, int
 }
 
 // What dropout makes of the probability of query i and key j: 0, or 1 / (1 - rate) times itself. A
-// call of Philox draws for 8 keys, and is made here for each.
+// call of Philox draws for 32 of them (dropout.cuh), and is made here for each.
 __device__ float dropout_factor(const GeneralScore& score, int i, int j) {
   const AttentionParams& p = score.params;
-  uint4 drawn[1] = {make_uint4(j / 8, i, p.dropout_heads ? score.head : 0, 0)};
+  const uint32_t column = j / 64 * 4 + j % 8 / 2, row = i / 16 * 8 + i % 8;
+  uint4 drawn[1] = {make_uint4(column, row, p.dropout_heads ? score.head : 0, 0)};
   philox(drawn, reinterpret_cast<const uint2*>(p.seeds)[score.b]);
-  const auto [w0, w1, w2, w3] = drawn[0];
-  const uint32_t word = j % 8 < 4 ? (j % 4 < 2 ? w0 : w1) : (j % 4 < 2 ? w2 : w3);
-  return int(word >> j % 2 * 16 & 0xffff) < p.dropout_keep ? p.dropout_scale : 0.f;
+  uint32_t word = 0;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    if (n == j % 16 / 8 * 2 + i % 16 / 8) word = dropout_word(drawn[0], j / 16 % 4, n);
+  }
+  return int(word >> j % 2 * 16 & 0x7fff) < p.dropout_limit ? 0.f : p.dropout_scale;
 }
 
 // What the kernels that own Q_i walk: the keys that some of its queries see.

@@ -147,7 +147,8 @@ struct ScoreGradients {
   static_assert(Traits::kWarpM % 16 == 0);
   ScoreTile<Traits> p, ds;
   ScoreTile<Traits> slope;                                    // unused by a score without one
-  Survivors<Traits::kMTiles, Traits::kBlockN / 8> survivors;  // unused without dropout
+  // unused without dropout
+  WarpSurvivors<Traits::kMTiles, Traits::kBlockN / 8, Traits::kOwnsKeys> survivors;
 
   // p holds q.k; becomes the probability.
   template <class Queries>
@@ -156,7 +157,7 @@ struct ScoreGradients {
     const auto for_each = [&](auto f) { for_each_score<Traits>(p, place, f); };
     if constexpr (Score::kDropout) {
       const Dropout dropout(score.params, score.b, score.head);
-      survivors.template draw<Traits::kOwnsKeys>(dropout, place.row0, place.col0);
+      survivors.draw(dropout, place.row0, place.col0);
     }
     score.cap(for_each);
     if constexpr (Score::kHasSlope) {

@@ -239,9 +239,8 @@ struct Consumer {
   __device__ void apply_dropout(int key0) {
     if constexpr (Score::kDropout) {
       const QueryTile& tile = shared.plan.tile;
-      Survivors<kMTiles, kBlockN / 8> survivors;
-      survivors.template draw<false>(Dropout(params, tile.b, tile.head), tile.row0 + warp_row,
-                                     key0);
+      WarpSurvivors<kMTiles, kBlockN / 8, false> survivors;
+      survivors.draw(Dropout(params, tile.b, tile.head), tile.row0 + warp_row, key0);
       survivors.apply(s);
     }
   }

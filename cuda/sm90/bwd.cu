@@ -46,8 +46,8 @@ namespace jax_fa {
 template <class Traits>
 struct KeyConsumer : KeyRows<Traits> {
   using Rows = KeyRows<Traits>;
-  using Rows::apply_dropout, Rows::apply_gradient, Rows::classify, Rows::draw, Rows::release,
-      Rows::start_scores, Rows::start_sum, Rows::work;
+  using Rows::apply_gradient, Rows::classify, Rows::draw, Rows::release, Rows::start_scores,
+      Rows::start_sum, Rows::work;
   using Rows::ds, Rows::dp, Rows::lane, Rows::p, Rows::params, Rows::ring, Rows::s, Rows::seeds,
       Rows::shared, Rows::works;
   using typename Rows::Storage;
@@ -84,10 +84,7 @@ struct KeyConsumer : KeyRows<Traits> {
     if constexpr (!Traits::kDropout) start_sum(dv, p, shared.dout[at]);
     apply_gradient();
     share_gradient();
-    if constexpr (Traits::kDropout) {  // ds needs p whole
-      apply_dropout();
-      start_sum(dv, p, shared.dout[at]);
-    }
+    if constexpr (Traits::kDropout) start_sum(dv, p, shared.dout[at]);  // ds needs p whole
     start_sum(dk, ds, shared.q[at]);
     ptx::wgmma_wait<0>();
     pin(dv);

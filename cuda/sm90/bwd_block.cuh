@@ -1,6 +1,7 @@
 // What the warps of a block of the Hopper backward kernel share.
 #pragma once
 
+#include "../dropout.cuh"
 #include "../kv.cuh"
 #include "../sm80/bwd_walk.cuh"
 #include "block.cuh"
@@ -46,6 +47,8 @@ struct HopperBwdTraits {
   static constexpr int kProducerRegisters = 32;
   static constexpr int kTermRegisters = kWideTerms ? 96 : kProductDims == 64 ? 64 : 80;
   static constexpr int kKeyRegisters = kWideTerms ? 192 : kProductDims == 64 ? 208 : 200;
+  using SurvivorExchange =
+      std::conditional_t<kDropout, typename WarpgroupSurvivors<kBlockN / 8>::Exchange, char>;
   static constexpr int kMoreRegisters = kDropout ? 8 : 0;  // in a pair: for p, fewer for ds
 };
 
@@ -92,6 +95,8 @@ struct HopperBwdStorage {
   ptx::Barrier queries_uncleared[Traits::kStages];
   ptx::Barrier ds_full[kGradients], ds_empty[kGradients];
   ptx::Barrier terms_full[kTerms], terms_empty[kTerms];
+  // Of warpgroups that own keys.
+  typename Traits::SurvivorExchange survivors[2];
 
   __device__ KeyWork& work(int i) { return reinterpret_cast<KeyWork&>(works[i]); }
   __device__ void release_work(int i) { ptx::barrier_arrive(work_empty[i]); }
@@ -195,7 +200,14 @@ __device__ __forceinline__ void for_each_term(const KeyWork& work, int row0, F f
   }
 }
 
-// {lse_log2, delta} of a tile of queries on their way to shared memory, a few in each lane.
+// What all sums are short of: c = 1 / (1 - rate) of dropout. So ds / c = p * (m * dp - delta / c),
+// with m what survives.
+template <class Traits>
+__device__ float gradient_scale(const AttentionParams& p) {
+  return Traits::kDropout ? p.dropout_scale : 1.f;
+}
+
+// {lse_log2, delta / c} of a tile of queries on their way to shared memory, a few in each lane.
 template <class Traits>
 struct RowStats {
   static constexpr int kRows = Traits::kBlockN / 32;
@@ -207,6 +219,7 @@ struct RowStats {
     for (int i = 0; i < kRows; ++i) {
       const int row = i * 32 + threadIdx.x % 32;
       rows[i] = row0 + row < work.len_q ? gRows[row] : float2{INFINITY, 0.f};  // no probability
+      if constexpr (Traits::kDropout) rows[i].y *= p.fwd.dropout_kept;
     }
   }
 

@@ -32,7 +32,7 @@ struct KeyRows {
   float s[kBlockN / 2], dp[kBlockN / 2];
   uint32_t p[kBlockN / 4], ds[kBlockN / 4];
   uint32_t slope[Score::kHasSlope ? kBlockN / 4 : 1];  // p times the score's derivative
-  Survivors<1, kBlockN / 8> survivors;                 // unused without dropout, as are the seeds
+  WarpgroupSurvivors<kBlockN / 8> survivors;           // unused without dropout, as are the seeds
   uint2 seeds;
 
   __device__ KeyRows(const HopperBwdParams& params, Storage& shared)
@@ -55,8 +55,8 @@ struct KeyRows {
   // x = owned walked^T, of this warpgroup's rows.
   template <class Owned, class Walked>
   __device__ void start_scores(float (&x)[kBlockN / 2], Owned& owned, Walked& walked) {
-    const uint64_t a =
-        panel_descriptor<kPanel, Traits::kPair>(owned[0][Traits::kPair ? 0 : part * 64]);
+    uint64_t a = panel_descriptor<kPanel, Traits::kPair>(owned[0][Traits::kPair ? 0 : part * 64]);
+    if constexpr (Traits::kDropout) pin(a);  // no registers for all that it leads to
     const uint64_t b = panel_descriptor<kPanel, Traits::kPair>(walked);
     pin(x);
     ptx::wgmma_fence();
@@ -99,7 +99,7 @@ struct KeyRows {
     return work.mask.classify(row0, min(row0 + kBlockN, work.len_q), key0, key0 + 64);
   }
 
-  // {lse_log2, delta} of the lane's two queries among eight.
+  // {lse_log2, delta / c} of the lane's two queries among eight.
   __device__ float4 query_rows(int t) const {
     return reinterpret_cast<const float4*>(shared.rows[ring.at()])[t * 4 + lane % 4];
   }
@@ -124,8 +124,9 @@ struct KeyRows {
     if constexpr (Traits::kDropout) {
       // A pair has no registers to keep the seeds.
       const auto seeds = Traits::kPair ? dropout_seeds(params.fwd, work().b) : this->seeds;
-      survivors.template draw<true>(Dropout(params.fwd, seeds, head),
-                                    work().keys.row0 + row - lane / 4, row0);
+      const int of_block = Traits::kPair ? 0 : part;
+      survivors.draw(Dropout(params.fwd, seeds, head), work().keys.row0 + part * 64, row0,
+                     shared.survivors[of_block], 1 + of_block);
     }
   }
 
@@ -179,34 +180,31 @@ struct KeyRows {
     }
   }
 
-  // dp to ds.
+  // dp to ds, over c. With dropout p loses what ds needed of it.
   __device__ void apply_gradient() {
-    if constexpr (Traits::kDropout) {
-      survivors.apply(reinterpret_cast<float (&)[1][kBlockN / 8][4]>(dp));
-#pragma unroll
-      for (float& x : dp) x *= params.fwd.dropout_scale;
-    }
 #pragma unroll
     for (int t = 0; t < kBlockN / 8; ++t) {
       const float4 rows = query_rows(t);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int i = t * 2 + h;
-        float2 x;
-        if constexpr (Score::kHasSlope) {
-          x = Mma<kDType>::unpack(slope[i]);
+        uint32_t whole = p[i];
+        if constexpr (Score::kHasSlope) whole = slope[i];
+        const float2 x = Mma<kDType>::unpack(whole);
+        if constexpr (Traits::kDropout && Score::kHasSlope) {  // fewer registers
+          const float y[2] = {survivors(0, t, 2 * h) ? dp[2 * i] : 0.f,
+                              survivors(0, t, 2 * h + 1) ? dp[2 * i + 1] : 0.f};
+          ds[i] = Mma<kDType>::pack(x.x * (y[0] - rows.y), x.y * (y[1] - rows.w));
+          p[i] &= survivors.halves(0, t, h);
+        } else if constexpr (Traits::kDropout) {
+          p[i] &= survivors.halves(0, t, h);
+          const float2 y = Mma<kDType>::unpack(p[i]);
+          ds[i] =
+              Mma<kDType>::pack(y.x * dp[2 * i] - x.x * rows.y, y.y * dp[2 * i + 1] - x.y * rows.w);
         } else {
-          x = Mma<kDType>::unpack(p[i]);
+          ds[i] = Mma<kDType>::pack(x.x * (dp[2 * i] - rows.y), x.y * (dp[2 * i + 1] - rows.w));
         }
-        ds[i] = Mma<kDType>::pack(x.x * (dp[2 * i] - rows.y), x.y * (dp[2 * i + 1] - rows.w));
       }
-    }
-  }
-
-  __device__ void apply_dropout() {
-    if constexpr (Traits::kDropout) {
-#pragma unroll
-      for (int i = 0; i < kBlockN / 4; ++i) p[i] &= survivors.halves(0, i / 2, i % 2);
     }
   }
 
@@ -253,11 +251,12 @@ struct KeyRows {
       });
     };
     if constexpr (!std::is_null_pointer_v<Dk>) {
-      write(dk, params.dk, params.dk_row_stride, params.dk_token_stride, fwd.scale, fwd.head_dim);
+      write(dk, params.dk, params.dk_row_stride, params.dk_token_stride,
+            fwd.scale * gradient_scale<Traits>(fwd), fwd.head_dim);
     }
     if constexpr (!std::is_null_pointer_v<Dv>) {
       write(dv, params.dv, params.dv_row_stride, params.dv_token_stride,
-            Traits::kDropout ? fwd.dropout_scale : 1.f, fwd.head_dim_v);
+            gradient_scale<Traits>(fwd), fwd.head_dim_v);
     }
   }
 };

@@ -81,6 +81,13 @@ struct ProbabilityConsumer : PairConsumer<Traits> {
     return x;
   }
 
+  __device__ void apply_dropout() {
+    if constexpr (Traits::kDropout) {
+#pragma unroll
+      for (int i = 0; i < Base::kBlockN / 4; ++i) p[i] &= this->survivors.halves(0, i / 2, i % 2);
+    }
+  }
+
   // Its place among the 16 keys is free when both blocks have made terms of dq of what was there.
   __device__ void wait_for_place() {
     ptx::barrier_wait(shared.ds_empty[ring.at()], ring.parity() ^ 1);
@@ -107,7 +114,7 @@ struct ProbabilityConsumer : PairConsumer<Traits> {
     wait_for_place();
     this->put([&](int i) { return factor(i); });
     hand_over();
-    this->apply_dropout();
+    apply_dropout();
     wait_for_dout();
     this->start_sum(sum, p, shared.dout[this->douts().at()]);
     ptx::wgmma_wait<0>();
@@ -161,8 +168,8 @@ struct GradientConsumer : PairConsumer<Traits> {
           const uint32_t factor = factors[2 * t + h];
           float2 x = Mma<kDType>::unpack(factor), y = {dp[2 * at], dp[2 * at + 1]};
           if constexpr (Traits::kDropout) {
-            y.x = int(factor << 16) < 0 ? 0.f : y.x * params.fwd.dropout_scale;
-            y.y = int(factor) < 0 ? 0.f : y.y * params.fwd.dropout_scale;
+            y.x = int(factor << 16) < 0 ? 0.f : y.x;
+            y.y = int(factor) < 0 ? 0.f : y.y;
             x = {fabsf(x.x), fabsf(x.y)};
           }
           ds[at] = Mma<kDType>::pack(x.x * (y.x - rows.y), x.y * (y.y - rows.w));

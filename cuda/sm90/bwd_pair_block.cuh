@@ -31,6 +31,7 @@ struct PairStorage {
   ptx::Barrier dout_full[kDoutStages], dout_empty[kDoutStages], dout_uncleared[kDoutStages];
   ptx::Barrier p_full[kStages], ds_full[kStages], ds_empty[kStages];
   ptx::Barrier terms_full[kTerms], terms_empty[kTerms];
+  typename Traits::SurvivorExchange survivors[1];
 
   __device__ KeyWork& work(int i) { return works[i]; }
 

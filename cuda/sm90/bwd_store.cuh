@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(128)
       static_cast<Element*>(p.dq) + tile.token0 * p.dq_token_stride + tile.head * fwd.q_head_stride;
   const int queries = tile.len_q - tile.row0;
   const bool live[2] = {row < queries, row + 8 < queries};
-  store_rows<Traits>(x, fwd.scale, fwd.head_dim, live, [&](int h) {
+  store_rows<Traits>(x, fwd.scale * gradient_scale<Traits>(fwd), fwd.head_dim, live, [&](int h) {
     const int r = row + h * 8;
     return r < tile.rows ? gDq + r * p.dq_token_stride : nullptr;
   });

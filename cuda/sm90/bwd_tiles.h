@@ -30,7 +30,7 @@ constexpr int kBwdSumQueries = 64;
 
 // Whether the kernel can run a call.
 inline bool bwd_sm90_covers(const BackwardParams& p, int head_dim_tile) {
-  return bwd_sm90_has_tile(head_dim_tile, p.fwd.dtype) && !p.fwd.bias;
+  return bwd_sm90_has_tile(head_dim_tile, p.fwd.dtype) && !p.fwd.bias && sm90_covers_rate(p.fwd);
 }
 
 // Counters of dq's sums in a fixed order, one for each tile of them and each block that adds its

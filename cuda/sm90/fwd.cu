@@ -76,9 +76,9 @@ struct Consumer {
   int begin;            // the last one to come
   Interval all;         // keys that all of the warpgroup's queries see
   OnlineSoftmax<1, 8> softmax;
-  Survivors<1, kBlockN / 8> survivors;  // unused without dropout
   float s[1][kBlockN / 8][4];
   uint32_t p[kBlockN / 4];
+  uint2 seeds;  // unused without dropout
   float o[kHeadDimV / 2];
 
   __device__ Consumer(const HopperParams& params, Storage& shared)
@@ -195,13 +195,12 @@ struct Consumer {
     }
   }
 
-  // What survives of a tile of keys: while its products run.
-  __device__ void draw(int tile_of_keys) {
+  // Of p, what survives.
+  __device__ void apply_dropout() {
     if constexpr (Traits::kDropout) {
       const QueryTile& q = tile().q;
-      survivors.template draw<false>(Dropout(params, max(q.b, 0), q.head),
-                                     q.row0 + consumer * 64 + row - lane / 4,
-                                     tile_of_keys * kBlockN);
+      const Dropout dropout(params, seeds, q.head);
+      dropout.apply(p, q.row0 + consumer * 64 + row - lane / 4, n * kBlockN);
     }
   }
 
@@ -214,8 +213,8 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kBlockN / 4; ++i) {
       p[i] = Mma<Traits::kDType>::pack(scores()[2 * i], scores()[2 * i + 1]);
-      if constexpr (Traits::kDropout) p[i] &= survivors.halves(0, i / 2, i % 2);
     }
+    apply_dropout();
     if constexpr (!kFirst) {
       if (!moved) return;
 #pragma unroll
@@ -239,6 +238,7 @@ struct Consumer {
     n = tile.end - 1;
     begin = tile.begin;
     softmax = {};
+    if constexpr (Traits::kDropout) seeds = dropout_seeds(params, max(tile.q.b, 0));
 #pragma unroll
     for (float& x : o) x = 0.f;
 
@@ -271,7 +271,6 @@ struct Consumer {
     start_qk();
     turn.pass();
     if (Storage::kStagesOutput && stored) release_staging();
-    draw(n);
     ptx::wgmma_wait<0>();
     pin(scores());
     release_k();
@@ -319,8 +318,6 @@ struct Consumer {
     ptx::barrier_wait(shared.v_full[v_ring.at()], v_ring.parity());
     start_pv();
     turn.pass();
-
-    draw(n - 1);
     ptx::wgmma_wait<1>();
     pin(scores());
     release_k();

@@ -56,8 +56,8 @@ constexpr HopperTile fwd_sm90_tile(int head_dim_tile, int head_dim_v_tile, FwdCl
   if (head_dim_tile <= 64) return {192, 128, 2, 2};
   if (head_dim_tile <= 96) return {128, 128, 2, 2};
   if (head_dim_tile <= 128) return {128, full ? 160 : 128, 2, 2};
+  if (kind == FwdClass::kDropout) return {128, 64, 2, 1};  // it is drawn for 64 keys at a time
   if (head_dim_v_tile <= 128) return {128, general ? 96 : 128, 2, 1};
-  if (kind == FwdClass::kDropout) return {128, 80, 2, 1};
   if (head_dim_tile <= 192) return {128, full ? 112 : 96, 2, 1};
   return {128, general ? 64 : 80, 2, 1};
 }
@@ -155,10 +155,14 @@ inline bool fwd_sm90_widens(const KvTensor& x, int dim) {
 // Whether registers are left for dropout.
 constexpr bool fwd_sm90_has_dropout(int head_dim_tile) { return head_dim_tile <= 192; }
 
+// What is drawn is compared as float16, where infinity is the last that a limit can be. Rates past
+// 0.96875 are left to the portable kernels.
+inline bool sm90_covers_rate(const AttentionParams& p) { return p.dropout_limit <= 0x7c00; }
+
 // Whether the kernel can run a call.
 inline bool fwd_sm90_covers(const AttentionParams& p, int head_dim_tile) {
   if (p.dtype == DType::kF32 || p.bias || head_dim_tile > kMostHeadDim) return false;
-  if (p.seeds && !fwd_sm90_has_dropout(head_dim_tile)) return false;
+  if (p.seeds && !(fwd_sm90_has_dropout(head_dim_tile) && sm90_covers_rate(p))) return false;
   if (fwd_sm80_quantized(p) &&
       !(fwd_sm90_widens(p.k, p.head_dim) && fwd_sm90_widens(p.v, p.head_dim_v))) {
     return false;

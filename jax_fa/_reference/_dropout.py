@@ -1,4 +1,4 @@
-"""Dropout masks: Philox4x32-10 (Salmon et al. 2011) from positions.
+"""Dropout masks: Philox4x32-7 (Salmon et al. 2011) from positions.
 
 In 16-bit limbs, so that it needs no 64-bit integers.
 """
@@ -21,7 +21,7 @@ def philox(counter, key):
     """Four uint32 words from a 4-word counter and a 2-word key; words broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(7):
         hi0, lo0 = _mul_hi_lo(0xD2511F53, c0)
         hi1, lo1 = _mul_hi_lo(0xCD9E8D57, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
@@ -30,16 +30,25 @@ def philox(counter, key):
 
 
 def dropout_keep(seeds, head, query, key, rate):
-    """Which probabilities survive: 16-bit lane `key % 8` of Philox at `(key // 8, query, head, 0)`.
+    """Which probabilities survive.
+
+    A call of Philox draws for 32 pairs of 16 queries and 64 keys, those that a lane of the CUDA
+    kernels holds (cuda/dropout.cuh): four words for each 16 keys, the first four as they are drawn,
+    the others sums modulo 2 of three of these, so that any three of all halves are independent. A
+    pair survives unless the low 15 bits of its half are below `rate * 2**15`, rounded.
 
     All operands broadcast: seeds is a pair of uint32, head, query and key are int32.
     """
-    words = philox(
-        ((key // 8).astype(jnp.uint32), query.astype(jnp.uint32), head.astype(jnp.uint32), 0),
-        seeds,
-    )
-    words = jnp.broadcast_arrays(*words)
-    lane = key % 8
-    word = jnp.select([lane // 2 == i for i in range(3)], words[:3], words[3])
-    half = jnp.where(lane % 2 == 0, word & jnp.uint32(0xFFFF), word >> 16)
-    return half < jnp.uint32(round((1 - rate) * 65536))
+    counter = key // 64 * 4 + key % 8 // 2, query // 16 * 8 + query % 8, head
+    words = jnp.broadcast_arrays(*philox((*(x.astype(jnp.uint32) for x in counter), 0), seeds))
+    block, at = key // 16 % 4, key % 16 // 8 * 2 + query % 16 // 8
+
+    def word(shift, swap):
+        of = (at + shift) % 4
+        x = jnp.select([of == i for i in range(3)], words[:3], words[3])
+        return jnp.where(swap, x << 16 | x >> 16, x)
+
+    others = word(1, block == 3) ^ word(2, block == 2)
+    drawn = word(0, False) ^ jnp.where(block == 0, jnp.uint32(0), others)
+    half = jnp.where(key % 2 == 0, drawn, drawn >> 16) & jnp.uint32(0x7FFF)
+    return half >= jnp.uint32(round(rate * 32768))
