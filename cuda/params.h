@@ -58,7 +58,8 @@ struct AttentionParams {
   int batch, len_q, total_q;
   int max_len_q;  // static bound on a row's length; decode leaves longer packed rows to prefill
   int min_len_q;  // packed rows with fewer queries belong to another launch: they are neither
-                  // computed nor written; padding still is (sm90: that launch follows)
+                  // computed nor written; padding still is (sm90: that launch follows, unless
+                  // this one runs beside it)
   int heads_q, heads_kv, head_dim, head_dim_v;
   KvTensor k, v;
   KvIndex kv;
@@ -97,6 +98,7 @@ struct SplitScratch {
                      // at the end the most parts of a row, and the columns of a task
   int* next_task;    // tasks of packed rows that have been taken, 0 at first; or null: each block
                      // takes them in a turn of its own
+  bool whole_rows;   // packed: a block for each row and key head, which reads all of its keys
   bool leaves_room;  // on every multiprocessor, if there are rows for another launch:
   int workers;       // then only so many blocks work, as the launcher finds
 };

@@ -123,24 +123,28 @@ cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t st
 
 // Packed rows of few queries in the decode kernel, beside it the others in a prefill kernel. The
 // portable one shares multiprocessors with the decode kernel before it. A Hopper block takes all of
-// one: it comes first, and leaves the decode kernel the multiprocessors that its work allows.
+// one: it comes first, and leaves the decode kernel the multiprocessors that its work allows. Of
+// short rows both kernels wait for memory alone, and the decode kernel, which starts sooner, comes
+// first: prefill blocks start where its last ones end.
 template <DType kDType>
 cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStream_t stream) {
   AttentionParams decode = p, prefill = p;
   decode.max_len_q = decode_max_len_q(p.heads_q / p.heads_kv);
   prefill.min_len_q = decode.max_len_q + 1;
   const bool hopper = runs_hopper_kernel(prefill, current_capability());
-  (hopper ? decode : prefill).beside_previous = true;
+  scratch.whole_rows = hopper && decodes_whole_rows(p.kv.len_kv, scratch.part_keys);
+  const bool prefill_first = hopper && !scratch.whole_rows;
+  (prefill_first ? decode : prefill).beside_previous = true;
   scratch.leaves_room = !hopper;
   scratch.next_task = hopper ? p.next_tile + 1 : nullptr;
   const auto run_prefill = [&] {
     return run_attention(Operation::kPrefill, prefill, scratch, stream);
   };
   return with_tile(tile_dim_of(p), [&]<int kDim>() {
-    cudaError_t status = hopper ? run_prefill() : cudaSuccess;
+    cudaError_t status = prefill_first ? run_prefill() : cudaSuccess;
     if (status == cudaSuccess) status = launch_decode<kDim, kDType>(decode, scratch, stream);
-    if (status == cudaSuccess && !hopper) status = run_prefill();
-    if (status != cudaSuccess) return status;
+    if (status == cudaSuccess && !prefill_first) status = run_prefill();
+    if (status != cudaSuccess || scratch.whole_rows) return status;
     return launch_combine<kDim, kDType>(decode, scratch, stream);
   });
 }

@@ -38,16 +38,18 @@ def test_hybrid(dtype, kind, lengths_q, rng):
     )
 
 
+# Rows of up to 512 keys are decoded whole, longer ones divided on the device.
+@pytest.mark.parametrize("length", [217, 617])
 @pytest.mark.parametrize("feature", [*cases.DECODE_FEATURES, "full"])
-def test_hybrid_features(feature, rng):
-    cache, wide, maps = filled(rng, "paged", 3, 217, 2, 128, "bfloat16", page=32)
+def test_hybrid_features(feature, length, rng):
+    cache, wide, maps = filled(rng, "paged", 3, length, 2, 128, "bfloat16", page=32)
     options = (
         {"causal": False}
         if feature == "full"
-        else cases.options_of((feature,), rng, cases.Shape(3, 2, 217, 8, 2, 128))
+        else cases.options_of((feature,), rng, cases.Shape(3, 2, length, 8, 2, 128))
     )
     cu, q = cases.cu_seqlens([1, 66, 3]), cases.normal(rng, 70, 8, 128, dtype=jnp.bfloat16)
-    lengths = jnp.array([217, 100, 2], jnp.int32)
+    lengths = jnp.array([length, 100, 2], jnp.int32)
     actual = jax.jit(
         lambda q, cache: jax_fa.hybrid_attention(
             q, *cache, cu, lengths, return_lse=True, **maps, **options
@@ -76,10 +78,11 @@ def run_hybrid(q, cache, cu, lengths, maps, **options):
     return jax_fa.hybrid_attention(q, *cache, cu, lengths, return_lse=True, **maps, **options)
 
 
+@pytest.mark.parametrize("length", [300, 700])
 @pytest.mark.parametrize("heads", [2, 6, 16, 40])
 @pytest.mark.parametrize("kind, page", [("contiguous", 0), ("paged", 16), ("paged", 3)])
-def test_hybrid_of_random_mixes(kind, page, heads, rng):
-    batch, total, length = 37, 300, 700
+def test_hybrid_of_random_mixes(kind, page, heads, length, rng):
+    batch, total = 37, 300
     cache, wide, maps = filled(rng, kind, batch, length, 2, 64, "bfloat16", page=page)
     q = cases.normal(rng, total, heads, 64, dtype=jnp.bfloat16)
     call = jax.jit(lambda *args: run_hybrid(*args))  # compiled for these shapes alone
@@ -107,16 +110,17 @@ def test_hybrid_layers_and_page_sizes(kind, page, rng):
 
 
 @pytest.mark.parametrize(
-    "kind, page, layers",
-    [("paged", 16, 2), ("paged", 24, None), ("paged", 12, None), ("contiguous", 0, 3)],
-)
+    "kind, page, layers, length",
+    [("paged", 16, 2, 700), ("paged", 24, None, 500), ("paged", 12, None, 500),
+     ("contiguous", 0, 3, 700)],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype, granularity, size", QUANTIZED)
-def test_hybrid_over_quantized_keys(dtype, granularity, size, kind, page, layers, rng):
+def test_hybrid_over_quantized_keys(dtype, granularity, size, kind, page, layers, length, rng):
     cache, wide, maps = filled(
-        rng, kind, 9, 500, 2, 128, dtype, granularity, size, page=page, layers=layers
+        rng, kind, 9, length, 2, 128, dtype, granularity, size, page=page, layers=layers
     )
     q = cases.normal(rng, 300, 8, 128, dtype=jnp.float16)
-    cu, lengths = random_mix(rng, 9, 300, 500)
+    cu, lengths = random_mix(rng, 9, 300, length)
     check(
         jax.jit(run_hybrid)(q, cache, cu, lengths, maps),
         lambda rounded: reference.hybrid(q, *wide, cu, lengths, rounded=rounded, **maps),

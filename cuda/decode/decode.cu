@@ -293,18 +293,21 @@ __global__ void __launch_bounds__(T::kThreads, packed_blocks<T>())
   auto& smem = *reinterpret_cast<SharedStorage<T>*>(smem_bytes);
   ptx::launch_dependents();
   start_schedule(smem.schedule, p, scratch);
-  __syncthreads();                           // the schedule is known
-  const auto take = [&](Task<true>& task) {  // the last warp: the first one has columns to make
-    if (threadIdx.x >= T::kThreads - 32) next_task(smem.schedule, task, p, scratch);
+  __syncthreads();  // the schedule is known
+  // the last warp: the first one has columns to make
+  const auto take = [&](Task<true>& task, const Task<true>* last) {
+    if (threadIdx.x < T::kThreads - 32) return;
+    if (!scratch.whole_rows) return next_task(smem.schedule, task, p, scratch);
+    if (threadIdx.x % 32 == 0) next_group<T>(task, last, p);
   };
-  take(smem.tasks[0]);
+  take(smem.tasks[0], nullptr);
   __syncthreads();  // the first task is known
   for (int i = 0; smem.tasks[i].row.b < p.batch; i ^= 1) {
     Task<true>& next = smem.tasks[i ^ 1];
     attend<T>(smem, p, scratch, smem.tasks[i], [&] {
-      if (smem.schedule.early) take(next);
+      if (smem.schedule.early) take(next, &smem.tasks[i]);
     });
-    if (!smem.schedule.early) take(next);
+    if (!smem.schedule.early) take(next, &smem.tasks[i]);
     __syncthreads();  // shared memory is free again, the next task is known
   }
   end_after_previous(p);
@@ -359,8 +362,9 @@ cudaError_t launch_packed(const AttentionParams& p, const SplitScratch& scratch,
   const int few = std::clamp((32 << 10) / (compiled.numRegs * T::kThreads), 1, blocks);
   SplitScratch shared = scratch;
   shared.workers = multiprocessors * (leaves_room ? few : blocks);
-  return launch(kernel, dim3(multiprocessors * blocks), T::kThreads, kSharedBytes, stream,
-                p.beside_previous, p, shared);
+  const int grid = scratch.whole_rows ? p.batch * p.heads_kv : multiprocessors * blocks;
+  return launch(kernel, dim3(grid), T::kThreads, kSharedBytes, stream, p.beside_previous, p,
+                shared);
 }
 
 template <typename T>

@@ -5,7 +5,7 @@
 // sums over all rows. So the order of rows does not change a row's bits, and with a given length
 // neither do other rows. Tasks are (row, part, group of columns, key head), the last varying
 // fastest. As many blocks as run at once take them in turn, or as they come to them where some may
-// start late.
+// start late. Of short rows each task has a block of its own.
 #pragma once
 
 #include "decode/work.cuh"
@@ -100,12 +100,18 @@ template <typename T>
 __device__ void start_schedule(ScheduleState<T>& state, const AttentionParams& p,
                                const SplitScratch& scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (scratch.whole_rows) {
+    if (threadIdx.x == 0) state.early = true;
+    return;
+  }
   Trial trial(scratch.part_keys ? scratch.part_keys : part_candidate(lane), T::kStepKeys);
   int64_t steps = 0;
   int longest = 0;
   bool elsewhere = false;
+  RowWork<T> next(p, warp * 32 + lane);  // its lengths are on the way while those before it count
   for (int b0 = warp * 32; b0 < p.batch; b0 += T::kThreads) {
-    const RowWork<T> work(p, b0 + lane);
+    const RowWork<T> work = next;
+    next = RowWork<T>(p, b0 + T::kThreads + lane);
     steps += int64_t(work.groups) * work.steps;
     longest = max(longest, work.steps);
     elsewhere |= work.elsewhere;
@@ -142,6 +148,15 @@ __device__ void start_schedule(ScheduleState<T>& state, const AttentionParams& p
   if (blockIdx.x == 0) {
     scratch.rows[p.batch] = {parts_of(longest, trial.part_steps), T::kColumns};
   }
+}
+
+// Of whole rows, the block's task after `last`, or its first one: the next group of columns.
+template <typename T>
+__device__ void next_group(Task<true>& task, const Task<true>* last, const AttentionParams& p) {
+  const int b = blockIdx.x / p.heads_kv;
+  const RowWork<T> work(p, b);
+  task = {work.row, int(blockIdx.x) - b * p.heads_kv, last ? last->column_group + 1 : 0, 0, 1, 0};
+  if (task.column_group >= work.groups) task.row.b = p.batch;
 }
 
 // The block's next task, by one warp; row `batch` where none is left.

@@ -492,20 +492,18 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
 
   const int64_t blocks = std::min<int64_t>(sms, order.total);
-  const bool taken = p.q_start || worth_taking(order, blocks);
+  const bool taken = p.q_start ? p.kv.len_kv > kAlikeKeys : worth_taking(order, blocks);
   if (Traits::kMasked && taken && order.total > blocks) params.next_tile = p.next_tile;
-  if (params.next_tile || p.min_len_q > 0) {
+  const bool shares = p.min_len_q > 0 && !p.beside_previous;  // with a decode launch after it
+  if (params.next_tile || shares) {
     error = cudaMemsetAsync(p.next_tile, 0, 2 * sizeof(int), stream);
     if (error != cudaSuccess) return error;
   }
-  if (p.min_len_q > 0) params.costs = hybrid_costs(p, sms);
+  if (shares) params.costs = hybrid_costs(p, sms);
   constexpr int kBytes = sizeof(HopperStorage<Traits>);
   static_assert(kBytes <= 227 * 1024, "an SM's shared memory");
-  const auto kernel = fwd_sm90<Traits>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<unsigned(blocks), Traits::kThreads, kBytes, stream>>>(params);
-  return cudaGetLastError();
+  return launch(fwd_sm90<Traits>, dim3(unsigned(blocks)), Traits::kThreads, kBytes, stream,
+                p.beside_previous, params);
 }
 
 template <int kHeadDim, int kHeadDimV, DType kDType>

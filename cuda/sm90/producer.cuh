@@ -1,6 +1,7 @@
 // The producers of a block: which tile comes next, and the copies of what it reads.
 #pragma once
 
+#include "../launch.cuh"
 #include "block.cuh"
 
 namespace jax_fa {
@@ -26,6 +27,7 @@ struct Scheduler {
       if (q.rows > 0) schedule(q);
     }
     publish({});  // the end
+    end_after_previous(p);
   }
 
  private:

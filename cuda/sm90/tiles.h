@@ -189,6 +189,9 @@ inline bool fwd_sm90_in_groups(const AttentionParams& p, int panel) {
 // With fewer tiles of a row, their differences even out among the many that each block runs.
 constexpr int kTilesWorthTaking = 8;
 
+// Nor do they differ much over so few keys.
+constexpr int kAlikeKeys = 512;
+
 // They do not where a turn of all blocks spans several lengths of a section's tiles: then a block
 // can meet the same ones again and again.
 inline bool worth_taking(const HopperOrder& order, int64_t blocks) {
