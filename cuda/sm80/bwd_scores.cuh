@@ -146,7 +146,7 @@ template <class Traits, class Score>
 struct ScoreGradients {
   static_assert(Traits::kWarpM % 16 == 0);
   ScoreTile<Traits> p, ds;
-  ScoreTile<Traits> slope;                                    // unused by a score without one
+  ScoreTile<Traits> slope;  // unused by a score without one
   // unused without dropout
   WarpSurvivors<Traits::kMTiles, Traits::kBlockN / 8, Traits::kOwnsKeys> survivors;
 
