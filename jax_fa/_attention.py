@@ -63,7 +63,8 @@ def flash_attention(
       q_lengths: int32 `[B]`: rows at or past it give out 0 and lse -inf. None: T.
       kv_lengths: int32 `[B]`: keys at or past it are not seen and may hold anything. None: S.
       dropout_rate: Probability in `[0, 1)` with which an attention probability is dropped, to a
-        multiple of `2**-15`.
+        multiple of `2**-15`. Which ones follows from the key and their position (Philox4x32-7,
+        Salmon et al. 2011); any three are dropped independently of each other.
       dropout_rng: A JAX random key, needed if dropout_rate > 0.
       broadcast_dropout: Whether all rows and heads drop the same probabilities.
       return_lse: Whether to return lse too.
