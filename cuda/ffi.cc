@@ -644,19 +644,19 @@ NB_MODULE(_jax_fa, m) {
       "plan",
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
          int heads_q, int heads_kv, int head_dim, int head_dim_v, int element_bytes, int kv_bytes,
-         bool general, bool bias, bool masked, bool dropout, bool grouped, int page_size,
-         int capability, int sms, bool exact, int shared_kb) {
+         bool general, bool bias, bool masked, bool dropout, bool grouped, bool e4m3_keys,
+         int page_size, int capability, int sms, bool exact, int shared_kb) {
         return to_dict(plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv,
                                head_dim, head_dim_v, element_bytes, kv_bytes,
-                               {general, bias, masked, dropout, grouped, page_size, capability, sms,
-                                exact, shared_kb}));
+                               {general, bias, masked, dropout, grouped, e4m3_keys, page_size,
+                                capability, sms, exact, shared_kb}));
       },
       nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
       nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
       nb::arg("head_dim_v"), nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"),
       nb::arg("bias"), nb::arg("masked"), nb::arg("dropout"), nb::arg("grouped"),
-      nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"), nb::arg("exact"),
-      nb::arg("shared_kb"));
+      nb::arg("e4m3_keys"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"),
+      nb::arg("exact"), nb::arg("shared_kb"));
   m.def(
       "plan_backward",
       [](int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv, int head_dim,
@@ -665,7 +665,7 @@ NB_MODULE(_jax_fa, m) {
         return to_dict(plan_of_backward(
             batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v, element_bytes,
             deterministic,
-            {general, bias, masked, dropout, false, 0, capability, sms, exact, shared_kb}));
+            {general, bias, masked, dropout, false, false, 0, capability, sms, exact, shared_kb}));
       },
       nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"), nb::arg("len_kv"),
       nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("head_dim_v"),

@@ -350,6 +350,10 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.dtype = dtype;
   p.k.dtype = kv_bytes <= 1 ? DType::kInt8 : dtype;
   p.v.dtype = kv_bytes == 1 ? DType::kInt8 : dtype;
+  if (options.e4m3_keys) {
+    p.dtype = DType::kBF16;
+    p.k.dtype = DType::kE4M3;
+  }
   p.scale = options.general ? 0 : 1;
   p.bias = options.bias ? &kPacked : nullptr;
   static const uint32_t kSeeds[2] = {};
@@ -378,8 +382,8 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
             1,
             std::min(options.sms, tiles)};
   }
-  const FwdTile tile =
-      fwd_sm80_tile(tile_dim, dtype, options.general || options.bias || options.dropout);
+  const bool general = options.general || options.bias || options.dropout || fwd_sm80_quantized(p);
+  const FwdTile tile = fwd_sm80_tile(tile_dim, dtype, general);
   return {hybrid ? "decode, sm80/fwd" : "sm80/fwd",
           tile.m,
           tile.n,

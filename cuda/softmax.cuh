@@ -46,34 +46,45 @@ struct OnlineSoftmax {
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float maxima[4] = {max[m][h], -INFINITY, -INFINITY, -INFINITY};  // chains of their own
-#pragma unroll
-        for (int n = 0; n < kNTiles; ++n) {
-          float& chain = maxima[n % 4];
-          chain = fmaxf(chain, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-        }
-        const float row_max =
-            quad_max(fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3])));
-        const bool moves = (row_max - max[m][h]) * to_log2 > kSlackLog2;  // -inf to -inf: false
-        rescale[m][h] = moves ? ptx::exp2((max[m][h] - row_max) * to_log2) : 1.f;
-        max[m][h] = moves ? row_max : max[m][h];
-        moved |= moves;
-
-        // A row that has seen no key yet has no maximum to subtract: exp2(-inf - 0) = 0.
-        const float max_log2 = max[m][h] == -INFINITY ? 0.f : max[m][h] * to_log2;
-        float row_sum = 0.f;
-#pragma unroll
-        for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], to_log2, -max_log2));
-          }
-          row_sum += s[m][n][2 * h] + s[m][n][2 * h + 1];
-        }
-        sum[m][h] = sum[m][h] * rescale[m][h] + row_sum;
+        moved |= move(s, m, h, to_log2, rescale[m][h]);
+        exponentiate(s, m, h, to_log2, rescale[m][h]);
       }
     }
     return __any_sync(0xffffffff, moved);
+  }
+
+  // The two parts of it, for a row of its own domain; whether this row moved.
+  template <int kNTiles>
+  __device__ bool move(const float (&s)[kMTiles][kNTiles][4], int m, int h, float to_log2,
+                       float& rescale) {
+    float maxima[4] = {max[m][h], -INFINITY, -INFINITY, -INFINITY};  // chains of their own
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+      float& chain = maxima[n % 4];
+      chain = fmaxf(chain, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+    }
+    const float row_max = quad_max(fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3])));
+    const bool moves = (row_max - max[m][h]) * to_log2 > kSlackLog2;  // -inf to -inf: false
+    rescale = moves ? ptx::exp2((max[m][h] - row_max) * to_log2) : 1.f;
+    max[m][h] = moves ? row_max : max[m][h];
+    return moves;
+  }
+
+  template <int kNTiles>
+  __device__ void exponentiate(float (&s)[kMTiles][kNTiles][4], int m, int h, float to_log2,
+                               float rescale) {
+    // A row that has seen no key yet has no maximum to subtract: exp2(-inf - 0) = 0.
+    const float max_log2 = max[m][h] == -INFINITY ? 0.f : max[m][h] * to_log2;
+    float row_sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], to_log2, -max_log2));
+      }
+      row_sum += s[m][n][2 * h] + s[m][n][2 * h + 1];
+    }
+    sum[m][h] = sum[m][h] * rescale + row_sum;
   }
 
   struct Result {

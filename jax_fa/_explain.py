@@ -13,6 +13,7 @@ from ._lowering import (
     cache_length,
     decode_key_bytes,
     decodes,
+    has_e4m3_keys,
     has_groups,
     prefill_key_bytes,
 )
@@ -216,6 +217,7 @@ def _plan_shape(name, x, static):
         "exact": static["exact"],
         "dropout": bool(static.get("dropout_rate")),
         "grouped": False,
+        "e4m3_keys": has_e4m3_keys(x),
         "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
     }
     if name == "jax_fa_fwd":
@@ -241,7 +243,7 @@ def _backward_shape(name, x, static):
         "head_dim": q[-1],
         "head_dim_v": v[-1],
         "element_bytes": x["q"].dtype.itemsize,
-        "general": _is_general(x, static),
+        "general": _is_general(x, static) or x["k"].dtype != x["q"].dtype,
         "bias": _has_bias(x),
         "masked": _is_masked(static),
         "dropout": bool(static.get("dropout_rate")),
@@ -261,8 +263,7 @@ def _is_masked(static):
 def _is_general(x, static):
     """Whether scores are more than a scaled product."""
     extras = (x[name].shape != (0,) for name in ("slopes", "bias") if name in x)
-    quantized = x["k"].dtype != x["q"].dtype
-    return static["scale"] <= 0 or bool(static["softcap"]) or quantized or any(extras)
+    return static["scale"] <= 0 or bool(static["softcap"]) or any(extras)
 
 
 def _nbytes(aval):

@@ -83,6 +83,7 @@ def plan(
     masked: bool,
     dropout: bool,
     grouped: bool,
+    e4m3_keys: bool,
     page_size: int,
     capability: int,
     sms: int,

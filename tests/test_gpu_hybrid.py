@@ -128,6 +128,24 @@ def test_hybrid_over_quantized_keys(dtype, granularity, size, kind, page, layers
     )
 
 
+@pytest.mark.parametrize("page", [16, 24, 128])
+@pytest.mark.parametrize("granularity", [None, "head"])
+def test_hybrid_over_keys_that_stay_bytes(granularity, page, rng):
+    cache, wide, maps = filled(
+        rng, "paged", 9, 500, 2, 128, "float8_e4m3fn", granularity, page=page, layers=2
+    )
+    q = cases.normal(rng, 300, 8, 128, dtype=jnp.bfloat16)
+    cu, lengths = random_mix(rng, 9, 300, 500)
+    call = jax.jit(run_hybrid)
+    actual = call(q, cache, cu, lengths, maps)
+    check(
+        actual,
+        lambda rounded: reference.hybrid(q, *wide, cu, lengths, rounded=rounded, **maps),
+        "bfloat16",
+    )
+    same_bits(call(q, cache, cu, lengths, maps), actual)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_shared_prefixes(dtype, rng):
     cache, wide, maps = filled(rng, "paged", 5, 900, 2, 128, dtype)

@@ -1,12 +1,14 @@
 """Prefill over int8 and fp8 keys by the kernels against the float64 oracle (`pytest -m gpu`)."""
 
+import dataclasses
+
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from gpu import ATOL, LENGTHS_K, LENGTHS_Q, QUANTIZED, check, run_dense
+from gpu import ATOL, LENGTHS_K, LENGTHS_Q, QUANTIZED, check, run_dense, same_bits
 
 import jax_fa
 
@@ -95,3 +97,86 @@ def test_varlen_over_quantized_keys(q_dtype, head_dim, dtype, granularity, size,
         lambda rounded: reference.varlen(q, *wide, cu_q, cu_k, rounded=rounded, **options),
         q_dtype, 3 if "softcap" in names else 2,
     )  # fmt: skip
+
+
+# --- keys that products take as they are stored: e4m3, beside bfloat16 queries of 128 dims ---
+
+VALUES = [
+    ("float8_e4m3fn", None, None), ("float8_e4m3fn", "head", None), ("float8_e5m2", None, None),
+    ("int8", "token", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("v_format", VALUES, ids=str)
+@pytest.mark.parametrize("k_granularity", [None, "head", "tensor"])
+@pytest.mark.parametrize("head_dim", [112, 128])
+def test_dense_over_keys_that_stay_bytes(head_dim, k_granularity, v_format, rng):
+    shape = cases.Shape(3, 217, 439, 6, 2, head_dim)
+    options = cases.options_of(("causal", "kv_lengths", "sinks"), rng, shape)
+    q, k, v = cases.qkv(rng, shape, jnp.bfloat16)
+    kq, vq = jax_fa.quantize(k, "float8_e4m3fn", k_granularity), jax_fa.quantize(v, *v_format)
+    if v_format[0] == "int8":
+        values = vq.values.at[:, ::3, :, ::5].set(-128)
+        vq = dataclasses.replace(vq, values=values)
+    wide = [reference.dequantize(x.values, x.scale) for x in (kq, vq)]
+    check(
+        run_dense(q, kq, vq, options),
+        lambda rounded: reference.attention(q, *wide, rounded=rounded, **options),
+        "bfloat16",
+    )
+
+
+@pytest.mark.parametrize("exponent", [-100, -30, 60])
+def test_queries_of_any_size(exponent, rng):
+    """A power of two moves from queries to `scale` without a trace."""
+    q, k, v = cases.qkv(rng, cases.Shape(1, 150, 300, 4, 2, 128), jnp.bfloat16)
+    kq, vq = (jax_fa.quantize(x, "float8_e4m3fn") for x in (k, v))
+    size = jnp.asarray(2.0**exponent, jnp.bfloat16)
+    expected = run_dense(q, kq, vq, {"causal": True, "scale": 0.125})
+    actual = run_dense(q * size, kq, vq, {"causal": True, "scale": 0.125 * 2.0**-exponent})
+    same_bits(actual, expected)
+
+
+def test_queries_that_are_zero_or_not_finite(rng):
+    q, k, v = cases.qkv(rng, cases.Shape(1, 150, 300, 4, 2, 128), jnp.bfloat16)
+    kq, vq = (jax_fa.quantize(x, "float8_e4m3fn") for x in (k, v))
+    wide = [reference.dequantize(x.values, x.scale) for x in (kq, vq)]
+    zero = q.at[:, 40].set(0)
+    check(
+        run_dense(zero, kq, vq, {}),
+        lambda rounded: reference.attention(zero, *wide, rounded=rounded),
+        "bfloat16",
+    )
+    clean, lse = run_dense(q, kq, vq, {})
+    bad = q.at[:, 3, 1, 17].set(jnp.nan).at[:, 70, 2, 90].set(jnp.inf)
+    out, bad_lse = run_dense(bad, kq, vq, {})
+    for row, head in ((3, 1), (70, 2)):
+        assert np.isnan(np.asarray(out[:, row, head], np.float32)).all()
+        assert np.isnan(bad_lse[:, head, row]).all()
+        out, bad_lse = out.at[:, row, head].set(0), bad_lse.at[:, head, row].set(0)
+        clean, lse = clean.at[:, row, head].set(0), lse.at[:, head, row].set(0)
+    same_bits((out, bad_lse), (clean, lse))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_scales_of_values_that_leap(dtype, rng):
+    """Queries that see values of one size alone are as exact as if all were of that size."""
+    steps = np.repeat(np.array([0, -20, 15, -40, 70, -8, 90]), 128)
+    length = len(steps)
+    q, k, v = cases.qkv(rng, cases.Shape(1, length, length, 4, 2, 128), jnp.bfloat16)
+    kq, vq = jax_fa.quantize(k, "float8_e4m3fn"), jax_fa.quantize(v, dtype)
+    wide = [reference.dequantize(x.values, x.scale) for x in (kq, vq)]
+    factors = (2.0 ** steps[None, None, :, None]).astype(np.float32)
+    leaping = dataclasses.replace(vq, scale=vq.scale * factors)
+    options = {"window": (31, 0)}
+    out, lse = run_dense(q, kq, leaping, options)
+    out = reference.as_float64(out) * 2.0 ** -steps[None, :, None, None]
+    alone = np.arange(length) % 128 >= 31
+    (ref, ref_lse), (low, _) = (
+        reference.attention(q, *wide, rounded=rounded, **options)
+        for rounded in (None, jnp.dtype("bfloat16"))
+    )
+    ref, low = ref[:, alone], low[:, alone]
+    tolerance = 2 * np.abs(low - ref).max() + ATOL["bfloat16"]
+    reference.assert_close(out[:, alone], ref, tolerance, "out")
+    reference.assert_close(lse, ref_lse, 1e-2, "lse")

@@ -64,3 +64,17 @@ def test_sanitize_caches(dtype, kind, rng):
     new = cases.normal(rng, 3, 2, 2, 64, dtype=jnp.dtype(q_dtype))
     tables = cases.normal(rng, 64, 16), cases.normal(rng, 64, 16)
     assert (appended.append(new, new, rotary=tables).lengths == 2).all()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("granularity", [None, "head"])
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_sanitize_keys_that_stay_bytes(kind, granularity, rng):
+    cache, wide, maps = filled(rng, kind, 2, 300, 1, 128, "float8_e4m3fn", granularity)
+    lengths, cu = np.array([300, 141], np.int32), cases.cu_seqlens([70, 20])
+    q = cases.normal(rng, 90, 2, 128, dtype=jnp.bfloat16)
+    check(
+        jax_fa.hybrid_attention(q, *cache, cu, lengths, return_lse=True, **maps),
+        lambda r: reference.hybrid(q, *wide, cu, lengths, rounded=r, **maps),
+        "bfloat16",
+    )

@@ -208,6 +208,34 @@ def test_hopper_takes_prefill_over_quantized_keys(dtypes, head_dim, group, page,
         assert call.warps == 20 and call.blocks <= 132
 
 
+@pytest.mark.parametrize(
+    "q_dtype, formats, options, bytes_stay",
+    [
+        ("bfloat16", (("float8_e4m3fn", None), ("float8_e4m3fn", "head")), {}, True),
+        ("bfloat16", (("float8_e4m3fn", "head"), ("int8", "token")), {"causal": True}, True),
+        ("bfloat16", (("float8_e4m3fn", "head"), ("float8_e5m2", "head")), {}, False),
+        ("bfloat16", (("float8_e4m3fn", "head"), ("float8_e4m3fn", "group")), {}, False),
+        ("bfloat16", (("float8_e4m3fn", "head"),) * 2, {"softcap": 9.0}, False),
+        ("bfloat16", (("int8", "head"),) * 2, {}, False),
+        ("float16", (("float8_e4m3fn", "head"),) * 2, {}, False),
+    ],
+    ids=str,
+)
+def test_hopper_multiplies_keys_of_e4m3_as_they_are(q_dtype, formats, options, bytes_stay):
+    q, x = (jax.ShapeDtypeStruct((2, 256, n, 128), q_dtype) for n in (8, 2))
+
+    def prefill(q, *keys):
+        quantized = [
+            jax_fa.quantize(x, dtype, how, 32 if how == "group" else None)
+            for x, (dtype, how) in zip(keys, formats)
+        ]
+        return jax_fa.flash_attention(q, *quantized, **options)
+
+    (call,) = jax_fa.explain(prefill, q, x, x, device="h200")
+    assert call.tile == (128, 128 if bytes_stay else 96, 128)
+    assert call.warps == (16 if bytes_stay else 20)
+
+
 def test_an_unknown_arch_is_refused():
     out = _python("import jax_fa", "sm75")
     assert "ValueError: JAX_FA_ARCH must be sm80 or unset, got sm75" in out.stderr

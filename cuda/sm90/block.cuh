@@ -27,6 +27,9 @@ struct HopperTraits {
   static constexpr int kStages = kTile.stages;
   static constexpr int kConsumers = kBlockM / 64;
   static constexpr bool kQuantized = fwd_sm90_quantized(kClass);
+  static constexpr bool kBytes = kClass == FwdClass::kBytes;
+  // Of probabilities and values: 8 bits become float16 at once.
+  static constexpr DType kPvType = kBytes ? DType::kF16 : kDType;
   static constexpr int kDequantizers = kTile.dequantizers;
   static constexpr int kOthers = 1 + kDequantizers;  // warpgroups before those of consumers
   static constexpr int kThreads = 128 * (kConsumers + kOthers);
@@ -49,8 +52,8 @@ struct HopperTraits {
   static constexpr int kOutputParts = kQuantized && kHeadDimV > 192 ? 2 : 1;
 
   // All that an SM has, 64 K: consumers hold s, p and o.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kDequantizerRegisters = kDequantizers == 2 ? 48 : 56;
+  static constexpr int kProducerRegisters = kBytes ? 48 : kConsumers == 2 ? 40 : 32;
+  static constexpr int kDequantizerRegisters = kBytes || kDequantizers == 2 ? 48 : 56;
   static constexpr int kConsumerRegisters = kDequantizers == 2 ? 168
                                             : kQuantized       ? 208
                                             : kConsumers == 2  ? 232
@@ -58,6 +61,17 @@ struct HopperTraits {
   // Whether enough are left to change scores while p V still runs.
   static constexpr bool kScoresUnderPv = kConsumerRegisters - kBlockN * 3 / 4 - kHeadDimV / 2 >= 72;
 };
+
+// Where a key's scale lies among those of a tile: a lane of a product has keys 2 l, 2 l + 1 of
+// every 8, and reads those of 16 at once.
+__device__ constexpr int scale_place(int key) {
+  return key / 16 * 16 + key % 8 / 2 * 4 + key / 8 % 2 * 2 + key % 2;
+}
+
+// 2^e, as far as there are normal floats.
+__device__ inline float power_of_two(int e) {
+  return __int_as_float((min(max(e, -126), 127) + 127) << 23);
+}
 
 // What producers tell consumers of a tile.
 struct WorkTile {
@@ -82,7 +96,8 @@ struct HopperStorage {
   template <int kPanels, int kRows>
   using Tile = Element[kPanels][kRows][Traits::kPanel];
   using Queries = Tile<Traits::kPanels, Traits::kBlockM>;
-  using Keys = Tile<Traits::kPanels, Traits::kBlockN>;
+  using Keys = std::conditional_t<Traits::kBytes, uint8_t[1][Traits::kBlockN][Traits::kHeadDim],
+                                  Tile<Traits::kPanels, Traits::kBlockN>>;
   using Values = Tile<Traits::kPanelsV, Traits::kBlockN>;
   static constexpr bool kStagesOutput = Traits::kTile.q_buffers > 1;
   static constexpr int kTiles = 4;  // more than products, copies and epilogue can be apart
@@ -92,10 +107,15 @@ struct HopperStorage {
   alignas(1024) Queries q[Traits::kTile.q_buffers];
   alignas(1024) Keys k[Traits::kStages];
   alignas(1024) Values v[Traits::kStages];
-  // Of quantized keys and values, which take turns, with the scales of their rows.
+  // Of quantized keys and values, which take turns, with the scales of their rows; kBytes: of
+  // values alone.
   static constexpr int kByteStages = Traits::kTile.byte_stages;
   alignas(128) uint8_t bytes[kByteStages][Traits::kBlockN][Traits::kHeadDim];
   uint32_t scale[kByteStages][Traits::kBlockN];  // as Widen prepares them
+  // kBytes: scales of keys, where scale_place says; log2 of the unit of values, of bytes and wide.
+  static constexpr int kByteKeyStages = Traits::kBytes ? Traits::kStages : 0;
+  alignas(16) float k_scale[kByteKeyStages][Traits::kBlockN];
+  int byte_unit[kByteStages], v_unit[kByteKeyStages];
   alignas(16) char tiles[kTiles][sizeof(WorkTile)];
   // Of warp 0 of the producers: tiles of a pair, blocks that take tiles, whether in a fixed turn.
   int pair_tiles, blocks;
@@ -123,7 +143,7 @@ struct HopperStorage {
       ptx::barrier_init(q_empty[i], kConsumerWarps);
     }
     for (int i = 0; i < Traits::kStages; ++i) {
-      ptx::barrier_init(k_full[i], kFillers);
+      ptx::barrier_init(k_full[i], Traits::kBytes ? 2 : kFillers);  // warp 1, and 2 with scales
       ptx::barrier_init(v_full[i], kFillers);
       ptx::barrier_init(v_uncleared[i], 1);
       ptx::barrier_init(k_empty[i], kConsumerWarps);

@@ -3,6 +3,10 @@
 // products read, so that consumers do not know of it. Elements get their scales here: a product
 // with its scale is rounded once, as the elements of a cache of the queries' type are.
 //
+// kBytes: keys go to products as they are stored, and consumers multiply scores by their scales.
+// Values become halves in a unit of their tile, a power of two that consumers know: products with
+// scales in that unit stay in float16's range, and few tiles of a row change it.
+//
 // Bytes lie row by row. At a time a quad of lanes takes the four chunks of 16 elements of a row
 // that go to one panel (two lanes where panels are 32 wide), and its neighbours the next rows, for
 // which `kFlips` picks the other panel where else eight lanes would read the same banks.
@@ -104,6 +108,23 @@ __device__ uint32_t prepare_scale(DType format, float scale) {
                                 : __float_as_uint(scale);
 }
 
+// kBytes: four values of 8 bits to halves, times a factor that is there twice.
+template <DType kFormat, bool kScaled>
+struct WidenToHalves {
+  __device__ static uint2 widen(uint32_t x, uint32_t factor) {
+    const uint2 y = decode::Byte<kFormat, 16>::widen(x);
+    if constexpr (!kScaled) return y;
+    return {multiply(y.x, factor), multiply(y.y, factor)};
+  }
+
+ private:
+  __device__ static uint32_t multiply(uint32_t x, uint32_t y) {
+    const __half2 z =
+        __hmul2(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(y));
+    return reinterpret_cast<const uint32_t&>(z);
+  }
+};
+
 // Warps 2 and 3 of the producers: scales of rows of keys, and of values.
 template <class Traits>
 struct ScaleLoader {
@@ -115,13 +136,17 @@ struct ScaleLoader {
   const AttentionParams& p = params.attention;
   bool values = threadIdx.x / 32 == 3;
   int lane = threadIdx.x % 32;
-  Ring<Traits::kTile.byte_stages> stage = {unsigned(values)};
+  Ring<Traits::kTile.byte_stages> stage = {unsigned(values && !Traits::kBytes)};
+  Ring<Traits::kStages> k_ring = {};
+  int unit = 0, least_unit = 0;  // kBytes: of values, as log2
 
   __device__ void run() {
     for (Ring<HopperStorage<Traits>::kTiles> ring;; ring.advance()) {
       ptx::barrier_wait(shared.tile_full[ring.at()], ring.parity());
       const WorkTile& tile = shared.tile(ring.at());
       if (tile.q.rows == 0) return;
+      unit = 0;
+      least_unit = -120;
       for (int n = tile.end - 1; n >= tile.begin; --n) load(tile, n);
       __syncwarp();  // all lanes have read the tile
       if (lane == 0) ptx::barrier_arrive(shared.tile_empty[ring.at()]);
@@ -129,6 +154,43 @@ struct ScaleLoader {
   }
 
  private:
+  // kBytes, keys: to consumers.
+  __device__ void hand_over(const float (&scales)[kShare]) {
+    const int at = k_ring.at();
+    ptx::barrier_wait(shared.k_empty[at], k_ring.parity() ^ 1);
+    if (p.k.scale) {
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) shared.k_scale[at][scale_place(i * 32 + lane)] = scales[i];
+    }
+    __syncwarp();  // all lanes' stores come before the arrival
+    if (lane == 0) ptx::barrier_arrive(shared.k_full[at]);
+    k_ring.advance();
+  }
+
+  // kBytes, values: to factors of halves in a unit that stays as long as it suits: with them
+  // elements are below 2^16, and the largest are not all below 1. o, which changes with it, stays
+  // finite.
+  __device__ void change_unit(float (&scales)[kShare]) {
+    int most = 0;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int exponent = __float_as_int(scales[i]) >> 23 & 255;
+      if (exponent < 255) most = max(most, exponent);
+    }
+    most = __reduce_max_sync(0xffffffff, most);
+    if (most > 0) {
+      const int limit = p.v.dtype == DType::kInt8 ? 7 : 6, e = most - 127;
+      if (e - unit > limit || e - unit < limit - 14) unit = max(e - limit + 3, least_unit);
+      least_unit = max(least_unit, unit - 60);
+    }
+    const float inverse = power_of_two(-unit);
+#pragma unroll
+    for (float& x : scales) {
+      x *= inverse;
+      x = __uint_as_float(ptx::pack_f16(x, x));
+    }
+  }
+
   // Past the last key the scale of the last.
   __device__ void load(const WorkTile& tile, int n) {
     const int at = stage.at();
@@ -143,17 +205,24 @@ struct ScaleLoader {
         scales[i] = x.scale[scale_offset(x, slot, tile.head_kv)];
       }
     }
+    if constexpr (Traits::kBytes) {
+      if (!values) return hand_over(scales);
+      if (x.scale) change_unit(scales);
+    }
     ptx::barrier_wait(shared.bytes_empty[at], stage.parity() ^ 1);
     if (has_row_scales(x)) {
 #pragma unroll
       for (int i = 0; i < kShare; ++i) {
-        shared.scale[at][i * 32 + lane] = prepare_scale<Traits::kDType>(x.dtype, scales[i]);
+        shared.scale[at][i * 32 + lane] = Traits::kBytes
+                                              ? __float_as_uint(scales[i])
+                                              : prepare_scale<Traits::kDType>(x.dtype, scales[i]);
       }
     }
+    if (Traits::kBytes && lane == 0) shared.byte_unit[at] = unit;
     __syncwarp();  // all lanes' stores come before the arrival
     if (lane == 0) ptx::barrier_arrive(shared.bytes_full[at]);
     stage.advance();
-    stage.advance();  // past the other warp's
+    if (!Traits::kBytes) stage.advance();  // past the other warp's
   }
 };
 
@@ -193,8 +262,12 @@ struct Dequantizer {
       const WorkTile& tile = shared.tile(ring.at());
       if (tile.q.rows == 0) return;
       for (int n = tile.end - 1; n >= tile.begin; --n) {
+        if constexpr (Traits::kBytes) {
+          dequantize(tile, n, true);
+        } else {
 #pragma unroll 1
-        for (int values = first; values < 2; values += kWarpgroups) dequantize(tile, n, values);
+          for (int values = first; values < 2; values += kWarpgroups) dequantize(tile, n, values);
+        }
         kv_ring.advance();
       }
       arrive(shared.tile_empty[ring.at()]);
@@ -239,16 +312,20 @@ struct Dequantizer {
     const int at = kv_ring.at(), bytes_at = byte_ring.at();
     const KvTensor& x = values ? p.v : p.k;
     const uint32_t sBytes = ptx::shared_address(shared.bytes[bytes_at]);
-    const uint32_t sWide = ptx::shared_address(values ? shared.v[at] : shared.k[at]);
+    const uint32_t sWide =
+        values ? ptx::shared_address(shared.v[at]) : ptx::shared_address(shared.k[at]);
     float group_scales[kShare];
-    if (x.groups > 1) load_group_scales(group_scales, x, tile, n, values);
+    if (!Traits::kBytes && x.groups > 1) load_group_scales(group_scales, x, tile, n, values);
     ptx::barrier_wait(shared.bytes_full[bytes_at], byte_ring.parity());
     if (values && n == tile.end - 1 && must_clear<Traits>(p, tile)) {
       clear(sBytes, tile.mask.len_kv - n * Traits::kBlockN);
     }
     ptx::barrier_wait(values ? shared.v_empty[at] : shared.k_empty[at], kv_ring.parity() ^ 1);
     const uint32_t* const sScale = shared.scale[bytes_at] + row;
-    if (x.groups > 1) {
+    if constexpr (Traits::kBytes) {
+      if (threadIdx.x % 128 == 0) shared.v_unit[at] = shared.byte_unit[bytes_at];
+      widen_to_halves(x, sBytes, sWide, [&](int i) { return sScale[i / kPanels * kRowStep]; });
+    } else if (x.groups > 1) {
       widen_any<true>(x.dtype, sBytes, sWide,
                       [&](int i) { return prepare_scale<kDType>(x.dtype, group_scales[i]); });
     } else if (x.scale) {
@@ -279,6 +356,20 @@ struct Dequantizer {
       widen<Widen<kDType, DType::kE4M3, kScaled>>(sBytes, sWide, scale);
     } else {
       widen<Widen<kDType, DType::kE5M2, kScaled>>(sBytes, sWide, scale);
+    }
+  }
+
+  template <class Scale>
+  __device__ void widen_to_halves(const KvTensor& x, uint32_t sBytes, uint32_t sWide,
+                                  Scale scale) const {
+    if (x.dtype == DType::kInt8) {
+      widen<WidenToHalves<DType::kInt8, true>>(sBytes, sWide, scale);
+    } else if (x.dtype == DType::kE5M2) {
+      widen<WidenToHalves<DType::kE5M2, false>>(sBytes, sWide, [](int) { return 0u; });
+    } else if (x.scale) {
+      widen<WidenToHalves<DType::kE4M3, true>>(sBytes, sWide, scale);
+    } else {
+      widen<WidenToHalves<DType::kE4M3, false>>(sBytes, sWide, [](int) { return 0u; });
     }
   }
 

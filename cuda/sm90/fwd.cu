@@ -17,7 +17,8 @@
 // see, and its turn with them.
 //
 // Over keys and values of 8 bits, warpgroups between those dequantize (dequantize.cuh): copies
-// bring bytes, and what consumers wait for is what dequantizers have made of them.
+// bring bytes, and what consumers wait for is what dequantizers have made of them. kBytes leaves
+// keys as they are and splits queries instead (queries.cuh).
 //
 // Barriers come in pairs: `full` (the producer, to all consumers: it has landed) and `empty` (the
 // warps of all consumers, to the producer: it may be overwritten), for each buffer of tiles of
@@ -27,6 +28,7 @@
 #include "block.cuh"
 #include "dequantize.cuh"
 #include "producer.cuh"
+#include "queries.cuh"
 #include "store.cuh"
 #include "tensor_map.h"
 #include "wgmma.cuh"
@@ -76,6 +78,10 @@ struct Consumer {
   int begin;            // the last one to come
   Interval all;         // keys that all of the warpgroup's queries see
   OnlineSoftmax<1, 8> softmax;
+  // kBytes: the units of the lane's rows of scores, and of values and o as log2.
+  float unit[2];
+  int v_unit = 0;
+  float shrink[2];  // what o must be multiplied by where a maximum has moved
   float s[1][kBlockN / 8][4];
   uint32_t p[kBlockN / 4];
   uint2 seeds;  // unused without dropout
@@ -100,6 +106,7 @@ struct Consumer {
   }
 
   __device__ void start_qk() {
+    if constexpr (Traits::kBytes) return start_byte_qk();
     uint64_t q = panel_descriptor<Traits::kPanel>(shared.q[q_ring.at()][0][consumer * 64]);
     if constexpr (Traits::kQuantized) pin(q);  // no registers for all that it leads to
     const PanelStrides strides = strides_of(hopper.k_strides);
@@ -117,7 +124,33 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
+  // Of both parts of queries, the lower before the sums have grown.
+  __device__ void start_byte_qk() {
+    constexpr int kPart = sizeof(shared.q[0][0]) / 16;
+    const uint64_t q = panel_descriptor<64>(shared.q[q_ring.at()][0][consumer * 64]);
+    const uint64_t k = panel_descriptor<64>(shared.k[k_ring.at()]);
+    pin(scores());
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 2 * kHeadDim / 32; ++i) {
+      const int lower = i < kHeadDim / 32, step = i % (kHeadDim / 32) * 2;
+      wgmma_e4m3(scores(), q + lower * kPart + step, k + step, i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // o follows values to the unit of theirs.
+  __device__ void follow_unit() {
+    const int to = shared.v_unit[v_ring.at()];
+    if (to == v_unit) return;
+    const float factor = power_of_two(v_unit - to);
+#pragma unroll
+    for (float& x : o) x *= factor;
+    v_unit = to;
+  }
+
   __device__ void start_pv() {
+    if constexpr (Traits::kBytes) follow_unit();
     constexpr int kDims = kHeadDimV / Traits::kOutputParts, kPanels = kDims / Traits::kPanel;
     const PanelStrides strides = strides_of(hopper.v_strides);
     const uint64_t v =
@@ -130,7 +163,7 @@ struct Consumer {
     for (int i = 0; i < kBlockN / 16; ++i) {
 #pragma unroll
       for (int part = 0; part < Traits::kOutputParts; ++part) {
-        Wgmma<Traits::kDType, kDims>::rs(
+        Wgmma<Traits::kPvType, kDims>::rs(
             parts[part], &p[i * 4],
             v + (part * kPanels * strides.panel + i * 2 * strides.group) / 16);
       }
@@ -141,6 +174,32 @@ struct Consumer {
   // --- from scores to probabilities ---
 
   __device__ UnbiasedScore score() { return {hopper.units, tile().slope, tile().mask.diagonal}; }
+
+  // Of scores of the lane's row h, as the softmax takes them.
+  __device__ float to_log2(int h) {
+    return Traits::kBytes ? score().to_log2() * unit[h] : score().to_log2();
+  }
+
+  // kBytes: from keys as they are stored to their values.
+  __device__ void scale_columns() {
+    if (!params.k.scale) return;
+    const uint32_t sScale = ptx::shared_address(shared.k_scale[k_ring.at()]) + lane % 4 * 16;
+#pragma unroll
+    for (int t = 0; t < kBlockN / 8; t += 2) {
+      uint32_t scale[4];
+      ptx::load_shared_v4(scale, sScale + t * 32);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        s[0][t + i / 4][i % 4] *= __uint_as_float(scale[i / 4 * 2 + i % 2]);
+      }
+    }
+    __syncwarp();  // all lanes have read the scales
+  }
+
+  __device__ void move_max() {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) softmax.move(s, 0, h, to_log2(h), shrink[h]);
+  }
 
   // Calls f(x, i, j) for each score of this lane.
   template <class F>
@@ -209,17 +268,29 @@ struct Consumer {
   __device__ void apply_softmax() {
     if constexpr (kHidden) apply_mask();
     float rescale[1][2];
-    const bool moved = softmax.step(s, score().to_log2(), rescale);
+    bool moved = false;
+    if constexpr (Traits::kBytes) {
+      if constexpr (kHidden) move_max();
+      // o before the exponentials, which the compiler would move ahead of the wait for p V.
+      if (!kFirst && __any_sync(0xffffffff, shrink[0] != 1.f || shrink[1] != 1.f)) {
+        rescale_o(shrink);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) softmax.exponentiate(s, 0, h, to_log2(h), shrink[h]);
+    } else {
+      moved = softmax.step(s, score().to_log2(), rescale);
+    }
 #pragma unroll
     for (int i = 0; i < kBlockN / 4; ++i) {
-      p[i] = Mma<Traits::kDType>::pack(scores()[2 * i], scores()[2 * i + 1]);
+      p[i] = Mma<Traits::kPvType>::pack(scores()[2 * i], scores()[2 * i + 1]);
     }
     apply_dropout();
-    if constexpr (!kFirst) {
-      if (!moved) return;
+    if (!kFirst && moved) rescale_o(rescale[0]);
+  }
+
+  __device__ void rescale_o(const float (&factor)[2]) {
 #pragma unroll
-      for (int i = 0; i < kHeadDimV / 2; ++i) o[i] *= rescale[0][i / 2 % 2];
-    }
+    for (int i = 0; i < kHeadDimV / 2; ++i) o[i] *= factor[i / 2 % 2];
   }
 
   // --- the steps ---
@@ -243,6 +314,9 @@ struct Consumer {
     for (float& x : o) x = 0.f;
 
     ptx::barrier_wait(shared.q_full[q_ring.at()], q_ring.parity());
+    if constexpr (Traits::kBytes) {
+      split_queries<Traits>(shared.q[q_ring.at()], consumer * 64 + row - lane / 4, unit);
+    }
     if constexpr (Traits::kSkips) {
       const int seen = row0 < row1 ? tile.mask.hi(row1 - 1) : 0;
       while (n >= begin && n * kBlockN >= seen) skip_keys();
@@ -273,6 +347,7 @@ struct Consumer {
     if (Storage::kStagesOutput && stored) release_staging();
     ptx::wgmma_wait<0>();
     pin(scores());
+    if constexpr (Traits::kBytes) scale_columns();
     release_k();
     if (n == begin) last_scores();
     apply_score();
@@ -320,7 +395,15 @@ struct Consumer {
     turn.pass();
     ptx::wgmma_wait<1>();
     pin(scores());
-    release_k();
+    if constexpr (Traits::kBytes) {
+      scale_columns();
+      // The maximum is found while p V runs: the arrival waits for it, and p V for the arrival.
+      if constexpr (!kHidden) move_max();
+      if (kHidden || fminf(shrink[0], shrink[1]) >= 0.f) release(shared.k_empty[k_ring.at()]);
+      k_ring.advance();
+    } else {
+      release_k();
+    }
     if (--n == begin) last_scores();
     if constexpr (Traits::kScoresUnderPv) apply_score();
     ptx::wgmma_wait<0>();
@@ -384,10 +467,11 @@ struct Consumer {
     for (int h = 0; h < 2; ++h) {
       const int r = consumer * 64 + row + h * 8;
       const bool query = q.row0 + r < q.len_q;
-      const auto result = softmax.finish(0, h, score().to_log2(), sink);
+      const auto result = softmax.finish(0, h, to_log2(h), sink);
       if (lane % 4 == 0 && r < q.rows) out.gLse[r] = query ? result.lse : -INFINITY;
       live[h] = query && !result.empty;
       normalize[h] = result.normalize * (Traits::kDropout ? p.dropout_scale : 1.f);
+      if constexpr (Traits::kBytes) normalize[h] *= power_of_two(v_unit);
     }
     const bool all_live = __all_sync(0xffffffff, live[0] && live[1]);
 #pragma unroll
@@ -471,7 +555,7 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   params.in_groups = Traits::kInGroups && fwd_sm90_in_groups(p, kPanel);
   params.k_strides = PanelStrides::of<Traits>(params.in_groups, Traits::kPanels);
   params.v_strides = PanelStrides::of<Traits>(params.in_groups, Traits::kPanelsV);
-  const auto keys = [&](CUtensorMap& map, const KvTensor& x, int dim, int dim_tile) {
+  const auto keys = [&](CUtensorMap& map, const KvTensor& x, int dim, int dim_tile, bool swizzled) {
     if (params.in_groups) {
       return make_group_map(map, x.dtype, x.data, dim, p.heads_kv, x.head_stride, x.token_stride,
                             kPanel, dim_tile / kPanel, params.box_tokens / 8);
@@ -481,11 +565,13 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
     const int64_t rows = named ? INT32_MAX : x.rows;
     const int box_dims = Traits::kQuantized ? kHeadDim : kPanel;
     return make_tensor_map(map, x.dtype, x.data, dim, p.heads_kv, x.head_stride, x.tokens,
-                           x.token_stride, rows, x.row_stride, box_dims, params.box_tokens);
+                           x.token_stride, rows, x.row_stride, box_dims, params.box_tokens,
+                           swizzled);
   };
-  error = keys(params.k, p.k, p.head_dim, kHeadDim);
+  constexpr bool kWide = !Traits::kQuantized;
+  error = keys(params.k, p.k, p.head_dim, kHeadDim, kWide || Traits::kBytes);
   if (error != cudaSuccess) return error;
-  error = keys(params.v, p.v, p.head_dim_v, Traits::kHeadDimV);
+  error = keys(params.v, p.v, p.head_dim_v, Traits::kHeadDimV, kWide);
   if (error != cudaSuccess) return error;
   error = make_tensor_map(params.o, p.dtype, p.o, p.head_dim_v, p.heads_q, p.head_dim_v, p.total_q,
                           int64_t(p.heads_q) * p.head_dim_v, 1, 0, kPanel, 16);
@@ -521,6 +607,11 @@ cudaError_t launch_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
       return run.template operator()<FwdClass::kMasked>();
     case FwdClass::kQuantized:
       return run.template operator()<FwdClass::kQuantized>();
+    case FwdClass::kBytes:
+      if constexpr (kHeadDim == kFwdDimOfBytes && kDType == DType::kBF16) {
+        return run.template operator()<FwdClass::kBytes>();
+      }
+      return cudaErrorInvalidValue;
     case FwdClass::kQuantizedGeneral:
       return run.template operator()<FwdClass::kQuantizedGeneral>();
     case FwdClass::kDropout:

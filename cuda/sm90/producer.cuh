@@ -145,9 +145,6 @@ struct Scheduler {
 // takes 100 cycles to start one. Of 8 bits, which share a ring, warp 1 loads both.
 template <class Traits, bool kValues>
 struct Loader {
-  template <int kPanels>
-  using Tile = typename HopperStorage<Traits>::template Tile<kPanels, Traits::kBlockN>;
-
   const HopperParams& params;
   HopperStorage<Traits>& shared;
   const AttentionParams& p = params.attention;
@@ -207,7 +204,12 @@ struct Loader {
       const Box next = find_box(tile, max(n - 1, tile.begin));
       const int at = kv_ring.at(), parity = kv_ring.parity() ^ 1;
       if constexpr (Traits::kQuantized) {
-        load_bytes(params.k, tile.head_kv, tile.k_row, box);
+        if constexpr (Traits::kBytes) {
+          ptx::barrier_wait(shared.k_empty[at], parity);
+          load_keys(shared.k[at], params.k, shared.k_full[at], tile.head_kv, tile.k_row, box);
+        } else {
+          load_bytes(params.k, tile.head_kv, tile.k_row, box);
+        }
         if (n == tile.end - 1) load_q(tile.q);
         load_bytes(params.v, tile.head_kv, tile.v_row, box);
       } else if constexpr (kValues) {
@@ -237,9 +239,9 @@ struct Loader {
     byte_ring.advance();
   }
 
-  template <int kPanels>
-  __device__ void load_keys(Tile<kPanels>& sTile, const CUtensorMap& map, ptx::Barrier& full,
-                            int head_kv, int row, const Box& box) {
+  template <class T, int kPanels, int kPanel>
+  __device__ void load_keys(T (&sTile)[kPanels][Traits::kBlockN][kPanel], const CUtensorMap& map,
+                            ptx::Barrier& full, int head_kv, int row, const Box& box) {
     expect(full, box, sizeof(sTile) / Traits::kBlockN);
     if (box.token < 0) return;
     if (Traits::kInGroups && params.in_groups) {
@@ -250,8 +252,8 @@ struct Loader {
     }
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) {
-      ptx::tensor_load(sTile[i][box_start()], map, i * Traits::kPanel, head_kv, box.token,
-                       row + box.row, full);
+      ptx::tensor_load(sTile[i][box_start()], map, i * kPanel, head_kv, box.token, row + box.row,
+                       full);
     }
   }
 

@@ -122,6 +122,13 @@ __device__ __forceinline__ void store_cluster_v4(uint32_t address, float4 x, uin
       : "memory");
 }
 
+// Two halves to the nearest e4m3, at most the largest; the low half goes to the low byte.
+__device__ __forceinline__ uint16_t narrow_e4m3(uint32_t x) {
+  uint16_t y;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(y) : "r"(x));
+  return y;
+}
+
 // Starts the copy of a box of a tensor to shared memory; what lies outside the tensor becomes 0.
 __device__ __forceinline__ void tensor_load(void* dst, const CUtensorMap& map, int c0, int c1,
                                             int c2, int c3, Barrier& barrier) {

@@ -14,11 +14,11 @@ struct MapAxis {
   int box;
 };
 
-// Elements of 16 bits are swizzled over the width of a box, those of 8 bits lie as they are. The
-// driver is asked for the one function that it alone has, so that nothing links against it.
+// Boxes are swizzled over their width of 128 or 64 bytes, or lie as they are. The driver is asked
+// for the one function that it alone has, so that nothing links against it.
 template <int kAxes>
 cudaError_t encode_map(CUtensorMap& map, DType dtype, const void* data,
-                       const MapAxis (&axes)[kAxes]) {
+                       const MapAxis (&axes)[kAxes], bool swizzled = true) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -42,9 +42,9 @@ cudaError_t encode_map(CUtensorMap& map, DType dtype, const void* data,
   const CUtensorMapDataType type = element == 1            ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUtensorMapSwizzle swizzle = element == 1   ? CU_TENSOR_MAP_SWIZZLE_NONE
-                                     : box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B
-                                                    : CU_TENSOR_MAP_SWIZZLE_64B;
+  const CUtensorMapSwizzle swizzle = !swizzled                 ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                     : box[0] * element == 128 ? CU_TENSOR_MAP_SWIZZLE_128B
+                                                               : CU_TENSOR_MAP_SWIZZLE_64B;
   const CUresult result =
       encode(&map, type, kAxes, const_cast<void*>(data), sizes, strides + 1, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -57,12 +57,12 @@ cudaError_t encode_map(CUtensorMap& map, DType dtype, const void* data,
 inline cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* data, int dim,
                                    int heads, int64_t head_stride, int64_t tokens,
                                    int64_t token_stride, int64_t rows, int64_t row_stride,
-                                   int panel, int box_tokens) {
+                                   int panel, int box_tokens, bool swizzled = true) {
   const MapAxis axes[] = {{dim, 1, panel},
                           {heads, head_stride, 1},
                           {tokens, token_stride, box_tokens},
                           {rows, row_stride, 1}};
-  return encode_map(map, dtype, data, axes);
+  return encode_map(map, dtype, data, axes, swizzled);
 }
 
 // Tokens of all rows, [tokens / 8, 8, heads, dim / panel, panel], copied in boxes of `box_groups`
