@@ -45,13 +45,11 @@ struct Dropout {
     return make_uint4(key0 / 64 * 4 + lane % 4, query0 / 2 + lane / 4, head, 0);
   }
 
-  // In bits 15 and 31, whether that half of x survives, and on Hopper in all bits of the half.
-  __device__ uint32_t survive(uint32_t x) const {
-#if __CUDA_ARCH__ >= 900
+  // In bits 15 and 31, whether that half of x survives.
+  __device__ uint32_t survive(uint32_t x) const { return (x | 0x80008000) - limit * 0x10001; }
+  // In all bits of a half, for limits that are no NaN as a float16: see sm90_covers_rate.
+  __device__ uint32_t survive_as_f16(uint32_t x) const {
     return ptx::not_below_f16x2(x, limit * 0x10001);
-#else
-    return (x | 0x80008000) - limit * 0x10001;
-#endif
   }
 
   // What survives of a warp's 16 queries by keys of p, the left operand of products, on Hopper. Of
@@ -69,7 +67,7 @@ struct Dropout {
       philox(calls, seeds);
 #pragma unroll
       for (int i = 0; i < kAtOnce * 16; ++i) {
-        p[first * 16 + i] &= survive(dropout_word(calls[i / 16], i % 16 / 4, i % 4));
+        p[first * 16 + i] &= survive_as_f16(dropout_word(calls[i / 16], i % 16 / 4, i % 4));
       }
     }
   }
@@ -208,7 +206,7 @@ class WarpgroupSurvivors : public Survivors<1, kNTiles> {
       const int block = i / kOfWarp, call = i % kOfWarp / 4, word = i % 4;
       const int at = block * kOfWarp + call * 4 + Base::template place_of_word<true>(word);
       const uint32_t drawn = dropout_word(calls[call], block, word);
-      bits[at / 16] |= dropout.survive(drawn) & 0x80008000 >> at % 16;
+      bits[at / 16] |= dropout.survive_as_f16(drawn) & 0x80008000 >> at % 16;
     }
     ptx::named_barrier_sync(barrier, 128);  // the last bits have been read
 #pragma unroll
