@@ -45,8 +45,12 @@ struct Dropout {
     return make_uint4(key0 / 64 * 4 + lane % 4, query0 / 2 + lane / 4, head, 0);
   }
 
-  // In bits 15 and 31, whether that half of x survives.
-  __device__ uint32_t survive(uint32_t x) const { return (x | 0x80008000) - limit * 0x10001; }
+  // In bits 15 and 31, whether that half of x survives. Volatile: many at a time would spill.
+  __device__ uint32_t survive(uint32_t x) const {
+    uint32_t y;
+    asm volatile("sub.u32 %0, %1, %2;" : "=r"(y) : "r"(x | 0x80008000), "r"(limit * 0x10001));
+    return y;
+  }
   // In all bits of a half, for limits that are no NaN as a float16: see sm90_covers_rate.
   __device__ uint32_t survive_as_f16(uint32_t x) const {
     return ptx::not_below_f16x2(x, limit * 0x10001);
