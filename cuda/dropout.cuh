@@ -45,12 +45,8 @@ struct Dropout {
     return make_uint4(key0 / 64 * 4 + lane % 4, query0 / 2 + lane / 4, head, 0);
   }
 
-  // In bits 15 and 31, whether that half of x survives. Volatile: many at a time would spill.
-  __device__ uint32_t survive(uint32_t x) const {
-    uint32_t y;
-    asm volatile("sub.u32 %0, %1, %2;" : "=r"(y) : "r"(x | 0x80008000), "r"(limit * 0x10001));
-    return y;
-  }
+  // In bits 15 and 31, whether that half of x survives.
+  __device__ uint32_t survive(uint32_t x) const { return (x | 0x80008000) - limit * 0x10001; }
   // In all bits of a half, for limits that are no NaN as a float16: see sm90_covers_rate.
   __device__ uint32_t survive_as_f16(uint32_t x) const {
     return ptx::not_below_f16x2(x, limit * 0x10001);
@@ -142,7 +138,7 @@ class WarpSurvivors : public Survivors<kMTiles, kNTiles> {
  private:
   template <int kFirst>
   __device__ void draw_blocks(const Dropout& dropout, int row0, int col0) {
-    constexpr int kCount = kBlocks - kFirst < 4 ? kBlocks - kFirst : 4;
+    constexpr int kCount = kBlocks - kFirst < 2 ? 1 : 2;  // more at a time would spill registers
     uint4 calls[kCount];
     int keys[kCount];
 #pragma unroll
@@ -158,15 +154,16 @@ class WarpSurvivors : public Survivors<kMTiles, kNTiles> {
     for (int i = 0; i < kCount; ++i) {
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
-        const int at = i * 4 + Base::template place_of_word<kOwnsKeys>(word);
+        const int at = (kFirst % 4 + i) * 4 + Base::template place_of_word<kOwnsKeys>(word);
         const uint32_t drawn = dropout_word(calls[i], keys[i] / 16 % 4, word);
         bits |= dropout.survive(drawn) >> at & 0x80008000 >> at;
       }
     }
-    this->words[kFirst / 4] = kOwnsKeys ? ptx::transpose(bits) : bits;
-    if constexpr (kFirst + kCount < kBlocks) {
-      draw_blocks<kFirst + kCount>(dropout, row0, col0);
-    }
+    constexpr int kNext = kFirst + kCount;
+    uint32_t& word = this->words[kFirst / 4];
+    word = kFirst % 4 == 0 ? bits : word | bits;
+    if constexpr (kOwnsKeys && (kNext % 4 == 0 || kNext == kBlocks)) word = ptx::transpose(word);
+    if constexpr (kNext < kBlocks) draw_blocks<kNext>(dropout, row0, col0);
   }
 };
 
