@@ -44,6 +44,19 @@ def check(actual, oracle, dtype, factor=2):
         assert mean <= factor * error.mean() + atol / 2, f"{name}: mean error {mean:.3g}"
 
 
+def check_hybrid(actual, q, wide, cu, lengths, maps, factor=2, **options):
+    """actual are out and lse of packed queries over a cache that is `wide` in float64."""
+    lengths = np.asarray(lengths)
+    check(
+        actual,
+        lambda rounded: reference.hybrid(
+            q, *wide, cu, lengths, rounded=rounded, **maps, **options
+        ),
+        q.dtype.name,
+        factor,
+    )  # fmt: skip
+
+
 def same_bits(x, y):
     for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

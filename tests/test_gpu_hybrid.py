@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from gpu import DTYPES, QUANTIZED, check, filled, same_bits
+from gpu import DTYPES, QUANTIZED, check, check_hybrid, filled, same_bits
 
 import jax_fa
 
@@ -29,13 +29,7 @@ def test_hybrid(dtype, kind, lengths_q, rng):
     def call(q, cache, maps):
         return jax_fa.hybrid_attention(q, *cache, cu, lengths, return_lse=True, **maps)
 
-    check(
-        call(q, cache, maps),
-        lambda rounded: reference.hybrid(
-            q, *wide, cu, np.asarray(lengths), rounded=rounded, **maps
-        ),
-        q_dtype,
-    )
+    check_hybrid(call(q, cache, maps), q, wide, cu, lengths, maps)
 
 
 # Rows of up to 512 keys are decoded whole, longer ones divided on the device.
@@ -55,13 +49,8 @@ def test_hybrid_features(feature, length, rng):
             q, *cache, cu, lengths, return_lse=True, **maps, **options
         )
     )(q, cache)
-    check(
-        actual,
-        lambda rounded: reference.hybrid(
-            q, *wide, cu, np.asarray(lengths), rounded=rounded, **maps, **options
-        ),
-        "bfloat16", 3 if feature == "softcap" else 2,
-    )  # fmt: skip
+    factor = 3 if feature == "softcap" else 2
+    check_hybrid(actual, q, wide, cu, lengths, maps, factor, **options)
 
 
 def random_mix(rng, batch, total, length):
@@ -89,11 +78,7 @@ def test_hybrid_of_random_mixes(kind, page, heads, length, rng):
     for _ in range(4):
         cu, lengths = random_mix(rng, batch, total, length)
         # a row that is longer than its cache sees nothing before its first keys
-        check(
-            call(q, cache, cu, lengths, maps),
-            lambda rounded: reference.hybrid(q, *wide, cu, lengths, rounded=rounded, **maps),  # noqa: B023
-            "bfloat16",
-        )
+        check_hybrid(call(q, cache, cu, lengths, maps), q, wide, cu, lengths, maps)
     assert call._cache_size() == 1
 
 
@@ -102,11 +87,8 @@ def test_hybrid_layers_and_page_sizes(kind, page, rng):
     cache, wide, maps = filled(rng, kind, 3, 300, 2, 128, "bfloat16", page=page, layers=3)
     q = cases.normal(rng, 230, 8, 128, dtype=jnp.bfloat16)
     cu, lengths = cases.cu_seqlens([150, 1, 70]), np.array([200, 300, 71], np.int32)
-    check(
-        jax.jit(run_hybrid)(q, cache, cu, lengths, maps),
-        lambda rounded: reference.hybrid(q, *wide, cu, lengths, rounded=rounded, **maps),
-        "bfloat16",
-    )
+    actual = jax.jit(run_hybrid)(q, cache, cu, lengths, maps)
+    check_hybrid(actual, q, wide, cu, lengths, maps)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +103,8 @@ def test_hybrid_over_quantized_keys(dtype, granularity, size, kind, page, layers
     )
     q = cases.normal(rng, 300, 8, 128, dtype=jnp.float16)
     cu, lengths = random_mix(rng, 9, 300, length)
-    check(
-        jax.jit(run_hybrid)(q, cache, cu, lengths, maps),
-        lambda rounded: reference.hybrid(q, *wide, cu, lengths, rounded=rounded, **maps),
-        "float16",
-    )
+    actual = jax.jit(run_hybrid)(q, cache, cu, lengths, maps)
+    check_hybrid(actual, q, wide, cu, lengths, maps)
 
 
 @pytest.mark.parametrize("page", [16, 24, 128])
@@ -138,11 +117,7 @@ def test_hybrid_over_keys_that_stay_bytes(granularity, page, rng):
     cu, lengths = random_mix(rng, 9, 300, 500)
     call = jax.jit(run_hybrid)
     actual = call(q, cache, cu, lengths, maps)
-    check(
-        actual,
-        lambda rounded: reference.hybrid(q, *wide, cu, lengths, rounded=rounded, **maps),
-        "bfloat16",
-    )
+    check_hybrid(actual, q, wide, cu, lengths, maps)
     same_bits(call(q, cache, cu, lengths, maps), actual)
 
 
@@ -169,11 +144,8 @@ def test_shared_prefixes(dtype, rng):
     )
     packed = cases.normal(rng, 400, 8, 128, dtype=jnp.bfloat16)
     cu = cases.cu_seqlens([1, 1, 8, 300, 77])
-    check(
-        run_hybrid(packed, cache, cu, lengths, maps, shared_prefix_pages=20),
-        lambda rounded: reference.hybrid(packed, *wide, cu, lengths, rounded=rounded, **maps),
-        "bfloat16",
-    )
+    actual = run_hybrid(packed, cache, cu, lengths, maps, shared_prefix_pages=20)
+    check_hybrid(actual, packed, wide, cu, lengths, maps)
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [1, 3, 64]], ids=str)
@@ -183,11 +155,7 @@ def test_hybrid_of_long_rows_is_split_and_deterministic(counts, rng):
     cu, lengths = cases.cu_seqlens(counts), np.array([20011, 17, 9000], np.int32)
     call = jax.jit(run_hybrid)
     first = call(q, cache, cu, lengths, maps)
-    check(
-        first,
-        lambda rounded: reference.hybrid(q, *wide, cu, lengths, rounded=rounded, **maps),
-        "bfloat16",
-    )
+    check_hybrid(first, q, wide, cu, lengths, maps)
     same_bits(call(q, cache, cu, lengths, maps), first)
     order = np.array([2, 0, 1])
     tokens = np.concatenate([np.arange(cu[b], cu[b + 1]) for b in order])
@@ -220,10 +188,4 @@ def test_vmap_over_caches(kind, page, dtype, rng):
     call = jax.vmap(lambda q, of: run_hybrid(q, of[0], cu, lengths, of[1]))
     out, lse = jax.jit(call)(q, stacked)
     for i, (_, wide, maps) in enumerate(lanes):
-        check(
-            (out[i], lse[i]),
-            lambda rounded: reference.hybrid(
-                q[i], *wide, cu, np.asarray(lengths), rounded=rounded, **maps  # noqa: B023
-            ),
-            "bfloat16",
-        )  # fmt: skip
+        check_hybrid((out[i], lse[i]), q[i], wide, cu, lengths, maps)
