@@ -249,12 +249,11 @@ void set_bias(AttentionParams& p, const In& bias) {
   p.bias_row_stride = d[0] == 1 ? 0 : d[1] * d[2] * d[3];
 }
 
-// The limit below which probabilities are lost is what Python rounds it to, in the same arithmetic.
 template <typename Attrs>
 void set_dropout(AttentionParams& p, const In& seeds, const Attrs& attrs) {
   if (attrs.dropout_rate == 0) return;
   p.seeds = optional<uint32_t>(seeds);
-  p.dropout_limit = int(std::nearbyint(attrs.dropout_rate * 32768));
+  p.dropout_limit = dropout_limit(attrs.dropout_rate);
   p.dropout_heads = attrs.dropout_heads;
   p.dropout_scale = float(1 / (1 - attrs.dropout_rate));
   p.dropout_kept = float(1 - attrs.dropout_rate);
@@ -644,32 +643,32 @@ NB_MODULE(_jax_fa, m) {
       "plan",
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
          int heads_q, int heads_kv, int head_dim, int head_dim_v, int element_bytes, int kv_bytes,
-         bool general, bool bias, bool masked, bool dropout, bool grouped, bool e4m3_keys,
+         bool general, bool bias, bool masked, double dropout_rate, bool grouped, bool e4m3_keys,
          int page_size, int capability, int sms, bool exact, int shared_kb) {
         return to_dict(plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv,
                                head_dim, head_dim_v, element_bytes, kv_bytes,
-                               {general, bias, masked, dropout, grouped, e4m3_keys, page_size,
+                               {general, bias, masked, dropout_rate, grouped, e4m3_keys, page_size,
                                 capability, sms, exact, shared_kb}));
       },
       nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
       nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
       nb::arg("head_dim_v"), nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"),
-      nb::arg("bias"), nb::arg("masked"), nb::arg("dropout"), nb::arg("grouped"),
+      nb::arg("bias"), nb::arg("masked"), nb::arg("dropout_rate"), nb::arg("grouped"),
       nb::arg("e4m3_keys"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"),
       nb::arg("exact"), nb::arg("shared_kb"));
   m.def(
       "plan_backward",
       [](int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv, int head_dim,
          int head_dim_v, int element_bytes, bool deterministic, bool general, bool bias,
-         bool masked, bool dropout, int capability, int sms, bool exact, int shared_kb) {
-        return to_dict(plan_of_backward(
-            batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim, head_dim_v, element_bytes,
-            deterministic,
-            {general, bias, masked, dropout, false, false, 0, capability, sms, exact, shared_kb}));
+         bool masked, double dropout_rate, int capability, int sms, bool exact, int shared_kb) {
+        return to_dict(plan_of_backward(batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim,
+                                        head_dim_v, element_bytes, deterministic,
+                                        {general, bias, masked, dropout_rate, false, false, 0,
+                                         capability, sms, exact, shared_kb}));
       },
       nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"), nb::arg("len_kv"),
       nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("head_dim_v"),
       nb::arg("element_bytes"), nb::arg("deterministic"), nb::arg("general"), nb::arg("bias"),
-      nb::arg("masked"), nb::arg("dropout"), nb::arg("capability"), nb::arg("sms"),
+      nb::arg("masked"), nb::arg("dropout_rate"), nb::arg("capability"), nb::arg("sms"),
       nb::arg("exact"), nb::arg("shared_kb"));
 }

@@ -271,6 +271,7 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
   p.fwd.heads_kv = heads_kv;
   p.fwd.head_dim = head_dim;
   p.fwd.head_dim_v = head_dim_v;
+  p.fwd.dropout_limit = dropout_limit(options.dropout_rate);
   p.fwd.kv.len_kv = p.total_k = len_kv;
   p.fwd.dtype = dtype;
   p.fwd.bias = options.bias ? &kPacked : nullptr;
@@ -292,7 +293,7 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
             1,
             std::min(options.sms / blocks, tiles) * blocks};
   }
-  const bool general = options.general || options.bias || options.dropout;
+  const bool general = options.general || options.bias || options.dropout_rate > 0;
   const bool with_dq = !deterministic && sums_dq(tile_dim, dtype, general, options.shared_kb << 10);
   const bool shares = with_dq && bwd_shares_scores(tile_dim);
   const KeyGradients grads = with_dq ? kBothAndDq : bwd_splits_keys(tile_dim) ? kDk : kBoth;
@@ -357,7 +358,8 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.scale = options.general ? 0 : 1;
   p.bias = options.bias ? &kPacked : nullptr;
   static const uint32_t kSeeds[2] = {};
-  p.seeds = options.dropout ? kSeeds : nullptr;
+  p.seeds = options.dropout_rate > 0 ? kSeeds : nullptr;
+  p.dropout_limit = dropout_limit(options.dropout_rate);
   p.window_left = -1;
   p.window_right = options.masked ? 0 : -1;
   p.kv.page_table = options.page_size > 0 ? &kPacked : nullptr;
@@ -382,7 +384,8 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
             1,
             std::min(options.sms, tiles)};
   }
-  const bool general = options.general || options.bias || options.dropout || fwd_sm80_quantized(p);
+  const bool general =
+      options.general || options.bias || options.dropout_rate > 0 || fwd_sm80_quantized(p);
   const FwdTile tile = fwd_sm80_tile(tile_dim, dtype, general);
   return {hybrid ? "decode, sm80/fwd" : "sm80/fwd",
           tile.m,

@@ -2,6 +2,7 @@
 // `jax_fa.explain` alike.
 #pragma once
 
+#include <cmath>
 #include <string>
 
 #include "decode/splits.h"
@@ -30,10 +31,13 @@ PackedScratch scratch_of_hybrid(int batch, int heads_q, int heads_kv, int head_d
 // many bytes an element, or their gradients.
 int max_head_dim(int element_bytes, bool backward);
 
+// Of 2^15 probabilities so many are lost: what Python rounds it to, in the same arithmetic.
+inline int dropout_limit(double rate) { return int(std::nearbyint(rate * 32768)); }
+
 struct PlanOptions {
   bool general, bias, masked;  // scores beyond a scale, a dense bias, a window or causal
-  bool dropout;
-  bool grouped;    // decode: elements of a key have several scales
+  double dropout_rate;         // 0: none
+  bool grouped;                // decode: elements of a key have several scales
   bool e4m3_keys;  // prefill of bfloat16: keys of e4m3 and values suit products with bytes
   int page_size;   // 0: contiguous keys
   int capability;  // of the device, 10 * major + minor

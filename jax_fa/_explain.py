@@ -215,7 +215,7 @@ def _plan_shape(name, x, static):
         "bias": _has_bias(x),
         "masked": _is_masked(static),
         "exact": static["exact"],
-        "dropout": bool(static.get("dropout_rate")),
+        "dropout_rate": static.get("dropout_rate", 0.0),
         "grouped": False,
         "e4m3_keys": has_e4m3_keys(x),
         "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
@@ -246,7 +246,7 @@ def _backward_shape(name, x, static):
         "general": _is_general(x, static) or x["k"].dtype != x["q"].dtype,
         "bias": _has_bias(x),
         "masked": _is_masked(static),
-        "dropout": bool(static.get("dropout_rate")),
+        "dropout_rate": static.get("dropout_rate", 0.0),
         "deterministic": static["deterministic"],
         "exact": static["exact"],
     }

@@ -166,6 +166,8 @@ def test_dropout_has_kernels_and_tiles_of_its_own(device, tier):
     assert [call.kernel[:4] for call in dropped] == [tier] * 2
     assert [call.kernel for call in dropped] == [call.kernel for call in plain]
     assert dropped[0].tile[1] < plain[0].tile[1]  # fewer keys: registers for general scores
+    dropped = explained(dropout_rate=0.97, dropout_rng=jax.random.key(0))
+    assert [call.kernel[:4] for call in dropped] == ["sm80"] * 2
 
 
 @pytest.mark.parametrize(
