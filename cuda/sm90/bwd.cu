@@ -22,8 +22,8 @@
 // exponentials.
 //
 // Deterministic sums have one order, that of keys. Blocks take the tiles of keys of a section in
-// this order and walk queries from the last to the first, so that a block starts a step behind the
-// one before it and then meets sums that are ready (bwd_producer.cuh).
+// this order and walk queries from the last to the first, so that a block starts a few steps behind
+// the one before it and then meets sums that are ready (bwd_producer.cuh).
 //
 // Rows are keys and columns are queries throughout: p and ds leave the softmax as the left operands
 // that dv and dk need. p stays in 16 bits, also on the way to ds. What limits the tile is

@@ -258,8 +258,8 @@ struct RowClearer {
 
 // Warp 3 of the producers: adds the terms of dq to their sums in global memory, in bulk. With turns
 // the tiles of a row's keys add to a tile of sums from the first to the last, which is the order in
-// which blocks take them: each waits for such as run already or are done, until it is a step behind
-// them.
+// which blocks take them: each waits for such as run already or are done, until it is behind them
+// by the queries of a turn.
 template <class Traits>
 struct TermAdder {
   using Storage = BwdStorage<Traits>;
@@ -284,13 +284,16 @@ struct TermAdder {
   __device__ void step(const KeyWork& work, int head, int row0) {
     const int64_t slot = int64_t(head) * params.slots + work.slot0 + row0 / kBwdSumQueries;
     float* const gSums = params.backward.dq_sum + slot * DqSums<Traits>::kTileFloats + first_sum();
-    const bool waits = params.turns && row0 < work.shared_end;  // somebody comes before
+    const int within = row0 % kTurnQueries;  // those of one turn
+    const int last = max(row0 - within, work.begin);
+    const bool enters = row0 == work.first || within + Traits::kBlockN == kTurnQueries;
+    int* const turn = this->turn(slot - within / kBwdSumQueries);
+    if (params.turns && enters && last < work.shared_end) {  // somebody comes before
+      wait_turn(turn, work.keys.row0 / Traits::kBlockM);
+    }
     for_each_term<Traits>(work, row0, [&](int m, int dim) {
       const int at = terms.at();
       ptx::barrier_wait(shared.terms_full[at], terms.parity());
-      if (waits && m == 0 && dim == 0) {
-        wait_turn(turn(slot), work.keys.row0 / Traits::kBlockM);
-      }
       ptx::bulk_add(gSums + m * DqSums<Traits>::kTileFloats + DqSums<Traits>::place(dim / 8),
                     ptx::shared_address(shared.terms[at]), sizeof(shared.terms[at]));
       ptx::bulk_commit();
@@ -298,9 +301,9 @@ struct TermAdder {
       ptx::barrier_arrive(shared.terms_empty[at]);
       terms.advance();
     });
-    if (!params.turns) return;
+    if (!params.turns || row0 > last) return;
     ptx::bulk_wait();
-    ptx::store_release(turn(slot), work.keys.row0 / Traits::kBlockM + 1);
+    ptx::store_release(turn, work.keys.row0 / Traits::kBlockM + 1);
   }
 
   // Of a pair, each block has dims and turns of its own.

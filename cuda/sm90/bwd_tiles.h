@@ -43,9 +43,18 @@ inline int64_t bwd_sm90_turns(bool packed, int batch, int len_q, int total_q, in
 
 // With turns, the blocks of a pair start one after the other, at every section anew. Sections of so
 // many pairs keep that short. What they read at a time still fits L2, as these blocks follow one
-// another closely. H200, bf16, head_dim 128, causal, forward and backward at T = 2k, 8k, 16k:
-// sections that fit L2 as a whole cost 1.21, 1.49, 1.56 times what sums without turns do.
-constexpr int64_t kPairsInTurns = 16;
+// another closely. A turn is that of several tiles of queries: to pass one on and to see that takes
+// longer than a tile does.
+//
+// H200, bf16, forward and backward at T = 8k against sums in any order, head_dim 64, 128, 256,
+// without a mask and causal: with turns of 64 queries 1.01, 1.23, 1.24, 1.26, 1.30, 1.21; of 128
+// 1.07, 1.34, 1.06, 1.15, 1.20, 1.10; of 256 1.02, 1.31, 1.16, 1.13, 1.23, 1.08; of 512 1.05, 1.28,
+// 1.42, 1.32, 1.49, 1.38, all of these with sections of 16 pairs. Turns of 256 with 32 pairs 1.05,
+// 1.07, 1.21, 1.05, 1.24, 1.08, with 8 1.00, 1.64, 1.07, 1.33, 1.19, 1.19, with
+// 64 1.46, 1.10, 1.27, 1.06, 1.27, 1.08. At head_dim 128, causal, sections that fit L2 as a
+// whole 1.49.
+constexpr int64_t kPairsInTurns = 32;
+constexpr int kTurnQueries = 256;
 
 // Pairs of a batch row and a key head, heads where rows are packed. A section is what fits L2 with
 // its queries, the gradients of their outputs and the sums of dq.
