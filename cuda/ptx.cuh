@@ -143,6 +143,13 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
   return y;
 }
 
+// The larger one, NaN if one is.
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // 2^x, relative error 2^-22; exp2(-inf) = 0, subnormal results flush to zero.
 __device__ __forceinline__ float exp2(float x) {
   float y;

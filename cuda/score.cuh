@@ -158,6 +158,7 @@ struct Dropped : Score {
 // softcap, or else of a positive scale, so that neither costs a product of its own.
 struct ScoreUnits {
   float unit, factor;  // score before softcap and slopes = unit * factor * q.k
+  float to_log2;       // unit in log2 units
   bool capped;
   // tanh(factor * x) is x (c[0] + c[1] x^2 + c[2] x^4) within 2.3e-5 of itself where x^2 < range.
   float c[3], range;
@@ -167,6 +168,7 @@ struct ScoreUnits {
              : p.scale > 0.f ? p.scale
                              : 1.f),
         factor(p.softcap > 0.f || p.scale <= 0.f ? p.scale / unit : 1.f),
+        to_log2(unit * kLog2e),
         capped(p.softcap > 0.f) {
     const float square = factor * factor;
     c[0] = 0.999977436f * factor;
@@ -196,7 +198,7 @@ struct UnbiasedScore {
         [&](float& x, Place i, Place j) { x = fmaf(-slope, fabsf(distance(i, j, diagonal)), x); });
   }
 
-  __device__ float to_log2() const { return units.unit * kLog2e; }
+  __device__ float to_log2() const { return units.to_log2; }
 
  private:
   // By the polynomial, unless the sum of a few squares is past its range; nor where what lies past

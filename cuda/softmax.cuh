@@ -21,9 +21,10 @@ __device__ T quad_sum(T x) {
 }
 
 // kSlackLog2: the maximum that scales a row moves only when a score outgrows it by 2^kSlackLog2, so
-// that most tiles rescale nothing. Exact in any case; probabilities grow up to 2^kSlackLog2, which
-// must suit their type. Rows choose one by one: a row's bits do not depend on its neighbours.
-template <int kMTiles, int kSlackLog2>
+// that most tiles rescale nothing, and then to 2^kRoomLog2 above that score. Exact in any case;
+// probabilities grow up to 2^kSlackLog2, which must suit their type. Rows choose one by one: a
+// row's bits do not depend on its neighbours.
+template <int kMTiles, int kSlackLog2, int kRoomLog2 = 0>
 struct OnlineSoftmax {
   float max[kMTiles][2];  // in the score's domain
   float sum[kMTiles][2];  // of this lane's columns only
@@ -38,53 +39,43 @@ struct OnlineSoftmax {
 
   // Turns scores into probabilities relative to `max`. Where a row's maximum has moved, `rescale`
   // is what its output so far must be multiplied by, else 1. Returns whether any of the warp moved.
-  template <int kNTiles>
-  __device__ bool step(float (&s)[kMTiles][kNTiles][4], float to_log2,
+  // to_log2(h): what takes scores of rows h to log2 units.
+  template <int kNTiles, class ToLog2>
+  __device__ bool step(float (&s)[kMTiles][kNTiles][4], ToLog2 to_log2,
                        float (&rescale)[kMTiles][2]) {
     bool moved = false;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        moved |= move(s, m, h, to_log2, rescale[m][h]);
-        exponentiate(s, m, h, to_log2, rescale[m][h]);
+        moved |= move(s, m, h, to_log2(h), rescale[m][h]);
+        // A row that has seen no key yet has no maximum to subtract: exp2(-inf - 0) = 0.
+        const float max_log2 = max[m][h] == -INFINITY ? 0.f : max[m][h] * to_log2(h);
+        const float row_sum = exponentiate(s, m, h, to_log2(h), max_log2);
+        sum[m][h] = sum[m][h] * rescale[m][h] + row_sum;
       }
     }
     return __any_sync(0xffffffff, moved);
   }
 
-  // The two parts of it, for a row of its own domain; whether this row moved.
-  template <int kNTiles>
-  __device__ bool move(const float (&s)[kMTiles][kNTiles][4], int m, int h, float to_log2,
-                       float& rescale) {
-    float maxima[4] = {max[m][h], -INFINITY, -INFINITY, -INFINITY};  // chains of their own
+  // The same where nothing moves `max`, which is not looked for. `most` becomes the largest sum
+  // that a row has added, NaN if one has. Where has_outgrown() says so of it, a maximum might have
+  // moved, and that row is worth nothing; else all bits are those of step().
+  template <int kNTiles, class ToLog2>
+  __device__ void follow(float (&s)[kMTiles][kNTiles][4], ToLog2 to_log2, float& most) {
 #pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-      float& chain = maxima[n % 4];
-      chain = fmaxf(chain, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float row_sum = exponentiate(s, m, h, to_log2(h), max[m][h] * to_log2(h));
+        sum[m][h] += row_sum;
+        most = ptx::max_nan(most, row_sum);
+      }
     }
-    const float row_max = quad_max(fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3])));
-    const bool moves = (row_max - max[m][h]) * to_log2 > kSlackLog2;  // -inf to -inf: false
-    rescale = moves ? ptx::exp2((max[m][h] - row_max) * to_log2) : 1.f;
-    max[m][h] = moves ? row_max : max[m][h];
-    return moves;
   }
 
-  template <int kNTiles>
-  __device__ void exponentiate(float (&s)[kMTiles][kNTiles][4], int m, int h, float to_log2,
-                               float rescale) {
-    // A row that has seen no key yet has no maximum to subtract: exp2(-inf - 0) = 0.
-    const float max_log2 = max[m][h] == -INFINITY ? 0.f : max[m][h] * to_log2;
-    float row_sum = 0.f;
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], to_log2, -max_log2));
-      }
-      row_sum += s[m][n][2 * h] + s[m][n][2 * h + 1];
-    }
-    sum[m][h] = sum[m][h] * rescale + row_sum;
+  __device__ static bool has_outgrown(float most) {
+    return !(most <= float(1ull << (kSlackLog2 - 1)));
   }
 
   struct Result {
@@ -102,6 +93,43 @@ struct OnlineSoftmax {
     const float weight = ptx::exp2(max_log2 - base);
     const float total = keys * weight + ptx::exp2(sink_log2 - base);
     return {weight * ptx::rcp(total), (base + ptx::log2(total)) * kLn2, false};
+  }
+
+ private:
+  // Whether the row's maximum moves.
+  template <int kNTiles>
+  __device__ bool move(const float (&s)[kMTiles][kNTiles][4], int m, int h, float to_log2,
+                       float& rescale) {
+    float maxima[4] = {max[m][h], -INFINITY, -INFINITY, -INFINITY};  // chains of their own
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+      float& chain = maxima[n % 4];
+      chain = fmaxf(chain, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+    }
+    const float row_max = quad_max(fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3])));
+    const bool moves = (row_max - max[m][h]) * to_log2 > kSlackLog2;  // -inf to -inf: false
+    // A row of zeros may have a domain of its own, in which all is worth nothing.
+    const float room = kRoomLog2 > 0 ? __fdividef(kRoomLog2, fmaxf(to_log2, 1e-30f)) : 0.f;
+    const float to = row_max + room;
+    rescale = moves ? ptx::exp2((max[m][h] - to) * to_log2) : 1.f;
+    max[m][h] = moves ? to : max[m][h];
+    return moves;
+  }
+
+  // Returns what this adds to the row's sum.
+  template <int kNTiles>
+  __device__ static float exponentiate(float (&s)[kMTiles][kNTiles][4], int m, int h, float to_log2,
+                                       float max_log2) {
+    float row_sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], to_log2, -max_log2));
+      }
+      row_sum += s[m][n][2 * h] + s[m][n][2 * h + 1];
+    }
+    return row_sum;
   }
 };
 

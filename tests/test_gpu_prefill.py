@@ -191,3 +191,85 @@ def test_varlen(dtype, head_dim, names, rng):
     )  # fmt: skip
     poisoned = (q.at[205:].set(jnp.nan), *(x.at[404:].set(jnp.nan) for x in (k, v)))
     same_bits(call(*poisoned), actual)
+
+
+def _with_a_sink(rng, shape, dtype, jump, rows):
+    """Arrays where `rows` of queries score `jump` nats on the first key, others about 0."""
+    q, k, v = (np.array(x, np.float32) for x in cases.qkv(rng, shape, jnp.float32))
+    direction = np.sign(rng.standard_normal(shape.head_dim)).astype(np.float32)
+    for x in (q, k):
+        x -= (x @ direction)[..., None] * direction / shape.head_dim
+    k[:, 0] += direction
+    q[:, rows] += direction * (jump / shape.head_dim**0.5)
+    return tuple(jnp.asarray(x, jnp.dtype(dtype)) for x in (q, k, v))
+
+
+# Kernels on Hopper look for a maximum in the last keys and follow it on the way to the first. One
+# more than 43 (16 in float16) below a score has them begin again.
+JUMPS = [12.0, 90.0]
+ROWS = np.array([0, 3, 64, 200, 333, 334, 335, 399])
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+@pytest.mark.parametrize(
+    "names", [(), ("causal",), ("window",), ("kv_lengths", "sinks"), ("causal", "dropout")], ids=str
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_first_keys_with_the_largest_scores(head_dim, dtype, names, jump, rng):
+    shape = cases.Shape(2, 400, 400, 4, 2, head_dim)
+    options = cases.options_of(names, rng, shape)
+    q, k, v = _with_a_sink(rng, shape, dtype, jump, ROWS)
+    out, lse = run_dense(q, k, v, options)
+    expected = cases.oracle_options(options, shape.batch)
+    check(
+        (out, lse), lambda rounded: reference.attention(q, k, v, rounded=rounded, **expected), dtype
+    )
+
+    # The other queries do not notice.
+    others = np.setdiff1d(np.arange(400), ROWS)
+    calm, _, _ = _with_a_sink(np.random.default_rng(0), shape, dtype, 0.0, ROWS)
+    calm = jnp.where(np.isin(np.arange(400), ROWS)[:, None, None], calm, q)
+    for x, y, axis in zip((out, lse), run_dense(calm, k, v, options), (1, 2), strict=True):
+        same_bits(jnp.take(x, others, axis), jnp.take(y, others, axis))
+
+
+@pytest.mark.parametrize("names", [(), ("causal",), ("causal", "softcap")], ids=str)
+@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("float16", 128), ("bfloat16", 256)])
+def test_first_keys_with_the_largest_scores_of_many_tiles(dtype, head_dim, names, rng):
+    shape = cases.Shape(8, 2048, 2048, 16, 4, head_dim)
+    options = cases.options_of(names, rng, shape)
+    if "softcap" in names:
+        options["softcap"] = 100.0
+    rows = rng.choice(2048, 20, replace=False)
+    q, k, v = _with_a_sink(rng, shape, dtype, 90.0, rows)
+    q = jnp.where((np.arange(8) % 3 == 0)[:, None, None, None], q, -q)  # only in some batch rows
+    whole = run_dense(q, k, v, options)
+    same_bits(run_dense(q, k, v, options), whole)
+    for b in (0, 1, 7):
+        row = run_dense(q[b : b + 1], k[b : b + 1], v[b : b + 1], options)
+        same_bits(row, jax.tree.map(lambda x, b=b: x[b : b + 1], whole))
+    some = np.sort(rng.choice(2048, 2, replace=False))[None]
+    for b, t in ((0, int(rows[0])), (3, int(rows[1])), (1, int(some[0, 0]))):
+        seen = t + 1 if "causal" in names else 2048
+        static = {"softcap": options.get("softcap")}
+        check(
+            (whole[0][b : b + 1, t : t + 1], whole[1][b : b + 1, :, t : t + 1]),
+            lambda rounded, b=b, t=t, seen=seen, static=static: reference.attention(
+                q[b : b + 1, t : t + 1], k[b : b + 1, :seen], v[b : b + 1, :seen], rounded=rounded,
+                **static,
+            ),
+            dtype,
+            3 if "softcap" in names else 2,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_query_that_is_nan_stays_alone(head_dim, dtype, rng):
+    q, k, v = cases.qkv(rng, cases.Shape(1, 300, 300, 2, 2, head_dim), jnp.dtype(dtype))
+    out, lse = run_dense(q.at[:, 70, :, 3].set(jnp.nan), k, v, {"causal": True})
+    assert jnp.isnan(out[:, 70]).all() and jnp.isnan(lse[:, :, 70]).all()
+    others = np.delete(np.arange(300), 70)
+    clean = run_dense(q, k, v, {"causal": True})
+    same_bits((out[:, others], lse[:, :, others]), (clean[0][:, others], clean[1][:, :, others]))

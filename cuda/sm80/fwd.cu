@@ -224,7 +224,8 @@ struct Consumer {
 
   __device__ void apply_softmax() {
     float rescale[kMTiles][2];
-    if (!softmax.step(s, score().to_log2(), rescale)) return;
+    const float to_log2 = score().to_log2();
+    if (!softmax.step(s, [&](int) { return to_log2; }, rescale)) return;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll

@@ -58,8 +58,18 @@ struct HopperTraits {
                                             : kQuantized       ? 208
                                             : kConsumers == 2  ? 232
                                                                : 160;
-  // Whether enough are left to change scores while p V still runs.
-  static constexpr bool kScoresUnderPv = kConsumerRegisters - kBlockN * 3 / 4 - kHeadDimV / 2 >= 72;
+  // Whether the maximum of a row is not looked for once there is one.
+  static constexpr bool kFollowsMax = !(kGeneral && kHeadDim > 128);
+
+  // Of probabilities, see OnlineSoftmax: float16 holds less than 2^16.
+  static constexpr bool kNarrowRange = kPvType == DType::kF16;
+  static constexpr int kSlackLog2 = kNarrowRange ? 15 : 63, kRoomLog2 = kNarrowRange ? 8 : 0;
+
+  // Whether scores become probabilities while p V still runs. Where that ends as late as it may,
+  // registers have to suffice.
+  static constexpr int kSpareRegisters = kConsumerRegisters - kBlockN * 3 / 4 - kHeadDimV / 2;
+  static constexpr bool kSoftmaxUnderPv =
+      kSpareRegisters >= (kGeneral ? 72 : 32) && kHeadDimV <= 128;
 };
 
 // Where a key's scale lies among those of a tile: a lane of a product has keys 2 l, 2 l + 1 of
@@ -78,6 +88,7 @@ struct WorkTile {
   QueryTile q = {};  // q.rows 0: there are no more
   IntervalMask mask = {0, 0, 0, 0};
   int begin = 0, end = 0;  // tiles of keys that some query sees: at least one
+  bool exact = false;      // the softmax looks for the maximum of every tile of keys
   // Where its keys lie: head, rows and the first token, of paged keys the layer's first pages.
   int head_kv = 0, k_row = 0, v_row = 0, start = 0;
   float slope = 0.f;  // of ALiBi, in the unit of scores
@@ -117,6 +128,7 @@ struct HopperStorage {
   alignas(16) float k_scale[kByteKeyStages][Traits::kBlockN];
   int byte_unit[kByteStages], v_unit[kByteKeyStages];
   alignas(16) char tiles[kTiles][sizeof(WorkTile)];
+  bool outgrown[kTiles];  // a score has outgrown the maximum that was not looked for
   // Of warp 0 of the producers: tiles of a pair, blocks that take tiles, whether in a fixed turn.
   int pair_tiles, blocks;
   bool in_turn;
@@ -137,6 +149,7 @@ struct HopperStorage {
       ptx::barrier_init(tile_full[i], 1);
       // and warps 1 to 3 of the producers
       ptx::barrier_init(tile_empty[i], kConsumerWarps + 3 + 4 * Traits::kDequantizers);
+      outgrown[i] = false;
     }
     for (int i = 0; i < Traits::kTile.q_buffers; ++i) {
       ptx::barrier_init(q_full[i], 1);

@@ -10,11 +10,21 @@
 //     p = softmax(s)                               while the next warpgroup has its turn
 //
 // so that one multiplies while another takes exponentials. A warp that starts products waits until
-// the tensor cores have come to nearly the last of them, and so has little to overlap with its own
-// (H200, head_dim 128: exponentials ahead of the wait for p V lose 7 % at 8k). The first product of
-// a tile of queries waits for its turn too; the last one does not, and the next tile's copies run
-// under it and under the epilogue. A warpgroup passes on keys that are past all that its queries
-// see, and its turn with them.
+// the tensor cores have come to nearly the last of them, and so has little to overlap with its own.
+// The first product of a tile of queries waits for its turn too; the last one does not, and the
+// next tile's copies run under it and under the epilogue. A warpgroup passes on keys that are past
+// all that its queries see, and its turn with them.
+//
+// What limits it is how many instructions a warp has between its products: at head_dim 128, 64 more
+// for a tile of keys (two for each score of a thread) cost 5 %. So a maximum is looked for only
+// until every query has one, and where keys are hidden: mostly in the first tile of keys. The
+// others follow it. If one outgrows it by more than probabilities can hold, the block does the tile
+// of queries once more with a maximum that moves, and starts some of the next ones like that. A
+// query that does not outgrow its own gets the same bits either way. (One maximum for all, and a
+// second pass where it fails: FlashDecoding++, Hong et al. 2023.) H200, bf16, B * T = 16384, N * H
+// = 2048, TFLOP/s at T = 1k, 8k and 16k before and now: head_dim 64 434, 571, 573 and 468, 638,
+// 650; causal 335, 540, 563 and 357, 603, 622; head_dim 128 623, 762, 770 and 670, 808, 817; causal
+// 474, 721, 742 and 496, 790, 812.
 //
 // Over keys and values of 8 bits, warpgroups between those dequantize (dequantize.cuh): copies
 // bring bytes, and what consumers wait for is what dequantizers have made of them. kBytes leaves
@@ -38,7 +48,7 @@ namespace jax_fa {
 // Whose turn it is to start products: one warpgroup's at a time, in a circle.
 template <int kConsumers>
 struct Turn {
-  static constexpr int kFirstId = 1;  // of named barriers; 0 is __syncthreads
+  static constexpr int kFirstId = 1, kEndId = kFirstId + kConsumers;  // of named barriers
   int mine;
 
   __device__ explicit Turn(int consumer) : mine(consumer) {
@@ -52,6 +62,10 @@ struct Turn {
     if (mine == 0) take();  // the last pass leaves no barrier half full
   }
 };
+
+// What a step does with a tile of keys: it looks for maxima among those that each query sees, among
+// all of them, or for none.
+enum class Keys { kHidden, kSeen, kFollow };
 
 // A warpgroup of 64 rows; s, p, o are laid out as mma.sync has them, 16 rows for each warp.
 template <class Traits>
@@ -77,7 +91,9 @@ struct Consumer {
   int n;                // the tile of keys whose probabilities p holds
   int begin;            // the last one to come
   Interval all;         // keys that all of the warpgroup's queries see
-  OnlineSoftmax<1, 8> softmax;
+  OnlineSoftmax<1, Traits::kSlackLog2, Traits::kRoomLog2> softmax;
+  bool follows;  // all queries of the warpgroup have a maximum, and none is looked for
+  float most;    // that the lane's rows have added to their sums since then
   // kBytes: the units of the lane's rows of scores, and of values and o as log2.
   float unit[2];
   int v_unit = 0;
@@ -118,8 +134,8 @@ struct Consumer {
       constexpr int kSteps = Traits::kPanel / 16;  // in a panel
       const int step = i % kSteps * 2, panel = i / kSteps;
       Wgmma<Traits::kDType, kBlockN>::ss(
-          scores(), q + panel * (Traits::kBlockM * Traits::kPanel * 2 / 16) + step,
-          k + panel * (strides.panel / 16) + step, i > 0);
+          scores(), advanced(q, panel * (Traits::kBlockM * Traits::kPanel * 2 / 16) + step),
+          advanced(k, panel * (strides.panel / 16) + step), i > 0);
     }
     ptx::wgmma_commit();
   }
@@ -134,7 +150,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < 2 * kHeadDim / 32; ++i) {
       const int lower = i < kHeadDim / 32, step = i % (kHeadDim / 32) * 2;
-      wgmma_e4m3(scores(), q + lower * kPart + step, k + step, i > 0);
+      wgmma_e4m3(scores(), advanced(q, lower * kPart + step), advanced(k, step), i > 0);
     }
     ptx::wgmma_commit();
   }
@@ -165,7 +181,7 @@ struct Consumer {
       for (int part = 0; part < Traits::kOutputParts; ++part) {
         Wgmma<Traits::kPvType, kDims>::rs(
             parts[part], &p[i * 4],
-            v + (part * kPanels * strides.panel + i * 2 * strides.group) / 16);
+            advanced(v, part * kPanels * (strides.panel / 16) + i * (strides.group / 8)));
       }
     }
     ptx::wgmma_commit();
@@ -196,11 +212,6 @@ struct Consumer {
     __syncwarp();  // all lanes have read the scales
   }
 
-  __device__ void move_max() {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) softmax.move(s, 0, h, to_log2(h), shrink[h]);
-  }
-
   // Calls f(x, i, j) for each score of this lane.
   template <class F>
   __device__ void for_each_score(F f) {
@@ -214,9 +225,14 @@ struct Consumer {
     }
   }
 
-  // Whether every query of the warpgroup sees all keys of a tile.
+  // Whether every query of the warpgroup sees all keys of a tile that is not its first.
   __device__ bool all_visible(int tile) const {
-    return (tile + 1) * kBlockN <= all.hi && (!Traits::kMasked || tile * kBlockN >= all.lo);
+    return !Traits::kMasked || ((tile + 1) * kBlockN <= all.hi && tile * kBlockN >= all.lo);
+  }
+
+  // Whether nothing of such a tile has to be hidden, nor a first maximum to be found in it.
+  __device__ bool is_plain(int tile) const {
+    return all_visible(tile) && (!Traits::kFollowsMax || follows);
   }
 
   // One end at a time: a causal or padding mask has no left one.
@@ -263,29 +279,44 @@ struct Consumer {
     }
   }
 
-  // Scores of tile n to probabilities, and o to the row's maximum so far.
-  template <bool kHidden, bool kFirst>
-  __device__ void apply_softmax() {
-    if constexpr (kHidden) apply_mask();
-    float rescale[1][2];
-    bool moved = false;
-    if constexpr (Traits::kBytes) {
-      if constexpr (kHidden) move_max();
-      // o before the exponentials, which the compiler would move ahead of the wait for p V.
-      if (!kFirst && __any_sync(0xffffffff, shrink[0] != 1.f || shrink[1] != 1.f)) {
-        rescale_o(shrink);
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) softmax.exponentiate(s, 0, h, to_log2(h), shrink[h]);
-    } else {
-      moved = softmax.step(s, score().to_log2(), rescale);
+  // Whether the lane's row h is a query. Others may hold anything.
+  __device__ bool is_query(int h) {
+    const QueryTile& q = tile().q;
+    return q.row0 + consumer * 64 + row + h * 8 < q.len_q;
+  }
+
+  // Scores of tile n to probabilities in their place; whether o must be multiplied by `shrink`.
+  template <Keys kKeys>
+  __device__ bool apply_softmax() {
+    const auto to_log2 = [&](int h) { return this->to_log2(h); };
+    if constexpr (kKeys == Keys::kFollow) {
+      softmax.follow(s, to_log2, most);
+      return false;
     }
+    if constexpr (kKeys == Keys::kHidden) apply_mask();
+    const bool moved = softmax.step(s, to_log2, reinterpret_cast<float (&)[1][2]>(shrink));
+    if constexpr (Traits::kFollowsMax) {
+      bool has_max = !tile().exact;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& max = softmax.max[0][h];
+        if (!is_query(h) && max == -INFINITY) max = 0.f;  // nobody reads the row
+        has_max &= max > -INFINITY;
+      }
+      // The vote tells the compiler that all lanes agree.
+      follows =
+          __all_sync(0xffffffff, ptx::named_barrier_all(turn.kEndId + consumer, 128, has_max));
+    }
+    return moved;
+  }
+
+  // Probabilities to what multiplies values.
+  __device__ void pack_probabilities() {
 #pragma unroll
     for (int i = 0; i < kBlockN / 4; ++i) {
       p[i] = Mma<Traits::kPvType>::pack(scores()[2 * i], scores()[2 * i + 1]);
     }
     apply_dropout();
-    if (!kFirst && moved) rescale_o(rescale[0]);
   }
 
   __device__ void rescale_o(const float (&factor)[2]) {
@@ -309,6 +340,7 @@ struct Consumer {
     n = tile.end - 1;
     begin = tile.begin;
     softmax = {};
+    most = 0.f;
     if constexpr (Traits::kDropout) seeds = dropout_seeds(params, max(tile.q.b, 0));
 #pragma unroll
     for (float& x : o) x = 0.f;
@@ -351,7 +383,8 @@ struct Consumer {
     release_k();
     if (n == begin) last_scores();
     apply_score();
-    apply_softmax<true, true>();
+    apply_softmax<Keys::kHidden>();
+    pack_probabilities();
   }
 
   // The queries are used up, unless their place serves the epilogue.
@@ -384,8 +417,7 @@ struct Consumer {
     v_ring.advance();
   }
 
-  // kHidden: some query may not see some key of the next tile of keys.
-  template <bool kHidden>
+  template <Keys kKeys>
   __device__ void step() {
     ptx::barrier_wait(shared.k_full[k_ring.at()], k_ring.parity());
     turn.take();
@@ -395,23 +427,23 @@ struct Consumer {
     turn.pass();
     ptx::wgmma_wait<1>();
     pin(scores());
-    if constexpr (Traits::kBytes) {
-      scale_columns();
-      // The maximum is found while p V runs: the arrival waits for it, and p V for the arrival.
-      if constexpr (!kHidden) move_max();
-      if (kHidden || fminf(shrink[0], shrink[1]) >= 0.f) release(shared.k_empty[k_ring.at()]);
-      k_ring.advance();
-    } else {
-      release_k();
-    }
+    if constexpr (Traits::kBytes) scale_columns();
+    release_k();
     if (--n == begin) last_scores();
-    if constexpr (Traits::kScoresUnderPv) apply_score();
+    bool moved = false;
+    const auto make_probabilities = [&] {
+      apply_score();
+      moved = apply_softmax<kKeys>();
+      pin(scores());
+    };
+    if constexpr (Traits::kSoftmaxUnderPv) make_probabilities();
     ptx::wgmma_wait<0>();
     pin(o);
     pin(p);
     release_v();
-    if constexpr (!Traits::kScoresUnderPv) apply_score();
-    apply_softmax<kHidden, false>();
+    if constexpr (!Traits::kSoftmaxUnderPv) make_probabilities();
+    pack_probabilities();
+    if (moved) rescale_o(shrink);
   }
 
   // The last product of a tile.
@@ -440,12 +472,9 @@ struct Consumer {
       if (!Traits::kSkips || n >= begin) {
         begin_tile();
         while (n > begin) {
-          if constexpr (Traits::kMasked) {
-            while (n > begin && !all_visible(n - 1)) step<true>();
-            while (n > begin && all_visible(n - 1)) step<false>();
-          } else {
-            step<false>();
-          }
+          constexpr Keys kSeen = Traits::kFollowsMax ? Keys::kFollow : Keys::kSeen;
+          if (!is_plain(n - 1)) step<Keys::kHidden>();
+          while (n > begin && is_plain(n - 1)) step<kSeen>();
         }
         end_tile();
       }
@@ -455,8 +484,16 @@ struct Consumer {
     if (lane == 0) ptx::bulk_wait_read();  // before the block's shared memory goes
   }
 
-  // Closes the softmax and writes the rows; what is no query of any row gets o = 0, lse = -inf.
+  // Closes the softmax and writes the rows; what is no query of any row gets o = 0, lse = -inf. A
+  // warp with a row that has outgrown its maximum has the tile done again instead.
   __device__ void store() {
+    if constexpr (Traits::kFollowsMax) {
+      const bool again = softmax.has_outgrown(most) && (is_query(0) || is_query(1));
+      if (__any_sync(0xffffffff, again)) {
+        if (lane == 0) shared.outgrown[tile_ring.at()] = true;
+        return;
+      }
+    }
     const QueryTile& q = tile().q;
     const AttentionParams& p = params;
     const OutputWarp<Traits> out(hopper, q, consumer * 64 + row - lane / 4);
@@ -466,7 +503,7 @@ struct Consumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = consumer * 64 + row + h * 8;
-      const bool query = q.row0 + r < q.len_q;
+      const bool query = is_query(h);
       const auto result = softmax.finish(0, h, to_log2(h), sink);
       if (lane % 4 == 0 && r < q.rows) out.gLse[r] = query ? result.lse : -INFINITY;
       live[h] = query && !result.empty;

@@ -14,8 +14,12 @@ struct Scheduler {
   const AttentionParams& p = params.attention;
   int lane = threadIdx.x % 32;
 
+  // Whose maximum is looked for in every tile of keys, after one that outgrew its first.
+  static constexpr int kExactTiles = 16;
+
   using TileRing = Ring<HopperStorage<Traits>::kTiles>;
   TileRing ring = {}, oldest = {};  // the next to publish, and the oldest that was not waited for
+  int exact_tiles = 0;              // of those to come
 
   __device__ void run() {
     count();
@@ -26,6 +30,7 @@ struct Scheduler {
       const QueryTile q = query_tile<Traits::kBlockM, 1>(p, place.pair, place.tile);
       if (q.rows > 0) schedule(q);
     }
+    while (oldest.count != ring.count) settle();
     publish({});  // the end
     end_after_previous(p);
   }
@@ -83,9 +88,7 @@ struct Scheduler {
 
   __device__ int next(int i) {
     if (shared.in_turn) return i + shared.blocks;
-    for (; ring.count - oldest.count >= HopperStorage<Traits>::kTilesTaken; oldest.advance()) {
-      ptx::barrier_wait(shared.tile_empty[oldest.at()], oldest.parity());
-    }
+    while (ring.count - oldest.count >= HopperStorage<Traits>::kTilesTaken) settle();
     int taken = 0;
     if (lane == 0) taken = atomicAdd(params.next_tile, 1);
     return shared.blocks + __shfl_sync(0xffffffff, taken, 0);
@@ -107,19 +110,47 @@ struct Scheduler {
       if (Traits::kGeneral && p.alibi_slopes) {
         slope = p.alibi_slopes[int64_t(b) * p.heads_q + q.head] / params.units.unit;
       }
-      publish({q, mask, begin, end, head_kv, int(k.row), int(v.row), k.start, slope});
+      publish({q, mask, begin, end, false, head_kv, int(k.row), int(v.row), k.start, slope});
     } else {
       write_unseeing(q);
     }
   }
 
   __device__ void publish(const WorkTile& tile) {
-    ptx::barrier_wait(shared.tile_empty[ring.at()], ring.parity() ^ 1);
+    while (ring.count - oldest.count >= HopperStorage<Traits>::kTiles) settle();
     if (lane == 0) {
       shared.tile(ring.at()) = tile;
+      shared.tile(ring.at()).exact |= exact_tiles > 0;
       ptx::barrier_arrive(shared.tile_full[ring.at()]);
     }
     ring.advance();
+    --exact_tiles;
+  }
+
+  // Waits until the oldest tile is done. One that has outgrown its first maximum is done again, as
+  // are at first some that follow: their keys may be the same.
+  __device__ void settle() {
+    const int at = oldest.at();
+    ptx::barrier_wait(shared.tile_empty[at], oldest.parity());
+    oldest.advance();
+    if (!shared.outgrown[at]) return;
+    copy(shared.tile(ring.at()), shared.tile(at));
+    if (lane == 0) {
+      shared.outgrown[at] = false;
+      shared.tile(ring.at()).exact = true;
+      ptx::barrier_arrive(shared.tile_full[ring.at()]);
+    }
+    ring.advance();
+    exact_tiles = kExactTiles;
+  }
+
+  // By all lanes, a word each.
+  __device__ void copy(WorkTile& to, const WorkTile& from) const {
+    static_assert(sizeof(WorkTile) % 4 == 0 && sizeof(WorkTile) <= 32 * 4);
+    if (lane < sizeof(WorkTile) / 4) {
+      reinterpret_cast<uint32_t*>(&to)[lane] = reinterpret_cast<const uint32_t*>(&from)[lane];
+    }
+    __syncwarp();  // all lanes have written
   }
 
   // Queries that see no key, and tokens that belong to no row.

@@ -233,6 +233,18 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// As named_barrier_sync; whether all threads say so.
+__device__ __forceinline__ bool named_barrier_all(int id, int threads, bool says) {
+  int all;
+  asm volatile(
+      "{\n.reg .pred says, all;\nsetp.ne.b32 says, %3, 0;\n"
+      "bar.red.and.pred all, %1, %2, says;\nselp.b32 %0, 1, 0, all;\n}\n"
+      : "=r"(all)
+      : "r"(id), "r"(threads), "r"(int(says))
+      : "memory");
+  return all;
+}
+
 // Gives back or asks for registers, for each thread of a warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void lower_registers() {

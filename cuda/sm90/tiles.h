@@ -31,14 +31,17 @@ struct HopperTile {
 // of keys and values, and two of queries where that leaves keys their width.
 //
 // H200, bf16, B * T = 16384, N * H = 2048, TFLOP/s at T = 512, 2k, 16k and how other tiles do
-// against them. head_dim 64: 363, 481, 559; two warpgroups 0.98, 0.88, 0.82; n = 96 0.91,
-// 0.99, 1.01. head_dim 128: 544 (rows do not fill n = 160), 708, 775; n = 128 1.00, 0.98, 0.96; n =
-// 160 with one buffer of queries 0.95, 0.94, 0.93; causal 338, 594, 734; n = 160 0.85, 0.94, 0.99.
-// head_dim 256: 532, 756, 836; n = 64 0.96, 0.86, 0.75.
-// head_dim 192 with values of 128, N = 16, at 1k, 4k, 16k: 564, 716, 747; on the tile of 192 values
-// 0.88, 0.92, 0.95; n = 112 0.93, 0.97, 1.00; n = 96 with two buffers of queries 0.98, 1.00, 0.98;
-// three warpgroups with n = 80 0.91, 1.00, 1.07; causal 367, 603, 711; the tile of 192 values 0.91,
-// 0.89, 0.89; the other three 0.96 to 1.01. Its general scores spill with n = 112.
+// against them, while each tile of keys was searched for maxima. head_dim 64: 363, 481, 559; two
+// warpgroups 0.98, 0.88, 0.82; n = 96 0.91, 0.99, 1.01. head_dim 128: 544 (rows do not fill n =
+// 160), 708, 775; n = 128 1.00, 0.98, 0.96; n = 160 with one buffer of queries 0.95, 0.94, 0.93;
+// causal 338, 594, 734; n = 160 0.85, 0.94, 0.99. head_dim 256: 532, 756, 836; n = 64 0.96, 0.86,
+// 0.75. As they are now, at head_dim 128: 534, 753, 817; n = 128 1.00, 0.99, 0.98; three warpgroups
+// with n = 80 0.94, 0.99, 0.99; causal 345, 640, 810; n = 160 0.85, 0.93, 0.98; the three 0.99,
+// 0.98, 1.02. head_dim 192 with values of 128, N = 16, at 1k, 4k, 16k: 564, 716, 747; on the tile
+// of 192 values 0.88, 0.92, 0.95; n = 112 0.93, 0.97, 1.00; n = 96 with two buffers of queries
+// 0.98, 1.00, 0.98; three warpgroups with n = 80 0.91, 1.00, 1.07; causal 367, 603, 711; the tile
+// of 192 values 0.91, 0.89, 0.89; the other three 0.96 to 1.01. Its general scores spill with n =
+// 112.
 //
 // Of 8-bit keys the limit is shared memory, which their elements pass three times beside what
 // products read, and then the dequantizers' instructions: two warpgroups of them, where tiles of
@@ -52,7 +55,9 @@ struct HopperTile {
 // the same without scales 1.09 (1.29 on the tile of kQuantized), with those of rows 1.31 (1.48).
 // One buffer of queries and four of bytes: 1.10 and 1.32. What is left is a warpgroup's own chain
 // from scores to probabilities, at whose side dequantizers issue: products of two parts of 8 bits
-// take no longer than those of 16, and to find the maximum ahead of the wait for p V gains 6 %.
+// take no longer than those of 16. (All of these while tiles of keys were searched for maxima. Not
+// to, over T = 8192 keys of 8 heads, takes 0.89 of e4m3's time without scales, 0.92 with those of
+// rows, 0.94 of e5m2's, int8's and that of 16 bits.)
 constexpr HopperTile fwd_sm90_tile(int head_dim_tile, int head_dim_v_tile, FwdClass kind) {
   if (kind == FwdClass::kBytes) return {128, 128, 2, 2, 2, 1};
   if (fwd_sm90_quantized(kind)) {
@@ -221,15 +226,23 @@ inline bool worth_taking(const HopperOrder& order, int64_t blocks) {
   return order.tiles >= kTilesWorthTaking || (order.tiles > 1 && order.section * 8 < blocks * 7);
 }
 
-// Most pairs of a section at head_dim 64. H200, causal: against sections that fill L2 this gains 9
-// % at T = 512 and 5 % at 1k; at head_dim 128 half as many lose 5 % at 512, at 256 4 % at 1k.
-constexpr int kSectionPairs = 64;
+// Pairs of a section, whose keys and values fill L2 if they are not too few or too many for that:
+// with few pairs, blocks read a key far apart in time. H200, bf16, causal, B * T = 16384, N * H =
+// 2048, times with 4, 8, 16, 32, 64 and 128 pairs. head_dim 64, T = 1k: 211, 212, 211, 208, 206,
+// 213 us; 4k: 589, 573, 562, 557, 563, 583. head_dim 128, 1k: 150, 148, 145, 144, 146, 165; 4k:
+// 430, 415, 409, 419, 447; 16k: 1506, 1497, 1512. head_dim 256, 1k: 149, 146, 140, 135, 156, 195;
+// 4k: 422, 394, 382, 392; 16k: 1383, 1365 (2 pairs, which would fit L2: 1433).
+constexpr int kFewestPairs = 8;
+constexpr int kMostPairs = 32, kMostNarrowPairs = 64;  // past and up to head_dim 64
 
 inline HopperOrder fwd_sm90_order(const AttentionParams& p, const HopperTile& tile) {
   const int tiles = fwd_tiles(p, tile.m);
   const int64_t pairs = fwd_pairs(p);
-  int64_t section = std::clamp<int64_t>(fwd_section_heads(p), 1, std::max<int64_t>(pairs, 1));
-  if (std::max(p.head_dim, p.head_dim_v) <= 64) section = std::min<int64_t>(section, kSectionPairs);
+  const int dim = std::max(p.head_dim, p.head_dim_v);
+  const int64_t fitting = fwd_section_heads(p) * (dim > 192 ? 2 : 1);
+  const int64_t wanted =
+      std::clamp<int64_t>(fitting, kFewestPairs, dim > 64 ? kMostPairs : kMostNarrowPairs);
+  const int64_t section = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(pairs, 1));
   return {tiles, int(pairs), int(section), int(tiles * pairs), fwd_sm90_windowed(p)};
 }
 

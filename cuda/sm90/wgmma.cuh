@@ -25,6 +25,11 @@ __device__ __forceinline__ uint64_t panel_descriptor(const void* panel, uint32_t
          kSwizzle << 62;
 }
 
+// That of a place `by` further on, in 16 bytes. No place is past what its low half can name.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, uint32_t by) {
+  return (descriptor & ~uint64_t(~0u)) | (uint32_t(descriptor) + by);
+}
+
 // Registers of a product are written behind the compiler's back until they are waited for. A pin
 // before each group of products and after each wait keeps their other uses on the right side;
 // without it ptxas serializes the products (C7519, C7520).
