@@ -292,7 +292,7 @@ template <class Traits>
 cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
   const AttentionParams& fwd = p.fwd;
   const bool packed = fwd.q_start != nullptr;
-  const bool masked = fwd.window_left >= 0 || fwd.window_right >= 0 || packed;
+  const bool masked = bwd_sm90_windowed(p) || packed;
   HopperBwdParams params{};
   params.backward = p;
   params.order = bwd_sm90_order(p, Traits::kBlockM, masked || p.deterministic);
@@ -303,6 +303,7 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
                                                          fwd.heads_q, Traits::kHeadDim)
                                         : 0;
   if (p.deterministic) params.turns = next_tile + 1;
+  params.turn_queries = bwd_sm90_turns_of(bwd_sm90_windowed(p)).queries;
   cudaError_t error = cudaMemsetAsync(p.dq_sum, 0, (sums + 1 + turns) * sizeof(float), stream);
   if (error != cudaSuccess) return error;
   error = launch_keys<Traits>(params, next_tile, stream);

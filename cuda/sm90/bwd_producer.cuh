@@ -284,9 +284,9 @@ struct TermAdder {
   __device__ void step(const KeyWork& work, int head, int row0) {
     const int64_t slot = int64_t(head) * params.slots + work.slot0 + row0 / kBwdSumQueries;
     float* const gSums = params.backward.dq_sum + slot * DqSums<Traits>::kTileFloats + first_sum();
-    const int within = row0 % kTurnQueries;  // those of one turn
+    const int within = row0 & (params.turn_queries - 1);  // those of one turn
     const int last = max(row0 - within, work.begin);
-    const bool enters = row0 == work.first || within + Traits::kBlockN == kTurnQueries;
+    const bool enters = row0 == work.first || within + Traits::kBlockN == params.turn_queries;
     int* const turn = this->turn(slot - within / kBwdSumQueries);
     if (params.turns && enters && last < work.shared_end) {  // somebody comes before
       wait_turn(turn, work.keys.row0 / Traits::kBlockM);

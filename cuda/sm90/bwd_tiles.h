@@ -41,20 +41,27 @@ inline int64_t bwd_sm90_turns(bool packed, int batch, int len_q, int total_q, in
   return heads_q * bwd_sum_slots(packed, batch, len_q, total_q, kBwdSumQueries) * blocks;
 }
 
-// With turns, the blocks of a pair start one after the other, at every section anew. Sections of so
-// many pairs keep that short. What they read at a time still fits L2, as these blocks follow one
+// With turns, the blocks of a pair start one after the other, at every section anew. Sections of
+// few pairs keep that short. What they read at a time still fits L2, as these blocks follow one
 // another closely. A turn is that of several tiles of queries: to pass one on and to see that takes
 // longer than a tile does.
-//
-// H200, bf16, forward and backward at T = 8k against sums in any order, head_dim 64, 128, 256,
-// without a mask and causal: with turns of 64 queries 1.01, 1.23, 1.24, 1.26, 1.30, 1.21; of 128
-// 1.07, 1.34, 1.06, 1.15, 1.20, 1.10; of 256 1.02, 1.31, 1.16, 1.13, 1.23, 1.08; of 512 1.05, 1.28,
-// 1.42, 1.32, 1.49, 1.38, all of these with sections of 16 pairs. Turns of 256 with 32 pairs 1.05,
-// 1.07, 1.21, 1.05, 1.24, 1.08, with 8 1.00, 1.64, 1.07, 1.33, 1.19, 1.19, with
-// 64 1.46, 1.10, 1.27, 1.06, 1.27, 1.08. At head_dim 128, causal, sections that fit L2 as a
-// whole 1.49.
-constexpr int64_t kPairsInTurns = 32;
-constexpr int kTurnQueries = 256;
+struct BwdTurns {
+  int pairs, queries;  // of a section, a power of two of a turn
+};
+
+// H200, bf16, forward and backward at T = 8k, times as long as with sums in any order, head_dim 64,
+// 128, 256. Without a mask, sections of 16 pairs, turns of 64 queries 1.01, 1.24, 1.30; of
+// 128 1.07, 1.06, 1.20; of 256 1.02, 1.16, 1.23; of 512 1.05, 1.42, 1.49; sections of 32 pairs,
+// turns of 128 1.12, 1.19, 1.21. Causal, sections of 32 pairs, turns of 128 1.14, 1.06, 1.11; of
+// 256 1.07, 1.05, 1.08; sections of 16 pairs, turns of 256 1.31, 1.13, 1.08; of
+// 64 1.23, 1.26, 1.21; sections that fit L2 as a whole, at head_dim 128, 1.49.
+constexpr BwdTurns bwd_sm90_turns_of(bool windowed) {
+  return windowed ? BwdTurns{32, 256} : BwdTurns{16, 128};
+}
+
+inline bool bwd_sm90_windowed(const BackwardParams& p) {
+  return p.fwd.window_left >= 0 || p.fwd.window_right >= 0;
+}
 
 // Pairs of a batch row and a key head, heads where rows are packed. A section is what fits L2 with
 // its queries, the gradients of their outputs and the sums of dq.
@@ -66,7 +73,8 @@ inline HopperOrder bwd_sm90_order(const BackwardParams& p, int keys, bool masked
   const int64_t query_bytes = fwd.head_dim * (2 + 4) + fwd.head_dim_v * 2;
   const int64_t bytes = int64_t(fwd.len_q) * group * query_bytes;
   const int64_t fitting =
-      std::max(kFwdSectionBytes / std::max<int64_t>(1, bytes), p.deterministic ? kPairsInTurns : 1);
+      std::max(kFwdSectionBytes / std::max<int64_t>(1, bytes),
+               p.deterministic ? int64_t(bwd_sm90_turns_of(bwd_sm90_windowed(p)).pairs) : 1);
   const int64_t section = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(pairs, 1));
   return {int(tiles), int(pairs), int(section), int(tiles * pairs), masked};
 }
