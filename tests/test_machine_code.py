@@ -93,7 +93,8 @@ def _loop_with(instructions, name):
 
 
 def _products(instructions):
-    return [operands for _, name, operands in instructions if name.startswith("HGMMA")]
+    names = ("HGMMA", "QGMMA")  # of 16 and of 8 bits
+    return [operands for _, name, operands in instructions if name.startswith(names)]
 
 
 def _draws_under_products(instructions):
