@@ -205,12 +205,11 @@ def _with_a_sink(rng, shape, dtype, jump, rows):
 
 
 # Kernels on Hopper look for a maximum in the last keys and follow it on the way to the first. One
-# more than 43 (16 in float16) below a score has them begin again.
-JUMPS = [12.0, 90.0]
+# more than 43 (15 in float16) below a score has them begin again.
 ROWS = np.array([0, 3, 64, 200, 333, 334, 335, 399])
 
 
-@pytest.mark.parametrize("jump", JUMPS)
+@pytest.mark.parametrize("jump", [12.0, 90.0])
 @pytest.mark.parametrize(
     "names", [(), ("causal",), ("window",), ("kv_lengths", "sinks"), ("causal", "dropout")], ids=str
 )
@@ -249,19 +248,17 @@ def test_first_keys_with_the_largest_scores_of_many_tiles(dtype, head_dim, names
     for b in (0, 1, 7):
         row = run_dense(q[b : b + 1], k[b : b + 1], v[b : b + 1], options)
         same_bits(row, jax.tree.map(lambda x, b=b: x[b : b + 1], whole))
-    some = np.sort(rng.choice(2048, 2, replace=False))[None]
-    for b, t in ((0, int(rows[0])), (3, int(rows[1])), (1, int(some[0, 0]))):
+    for b, t in ((0, int(rows[0])), (3, int(rows[1])), (1, 1000)):
         seen = t + 1 if "causal" in names else 2048
-        static = {"softcap": options.get("softcap")}
+        query, keys = np.s_[b : b + 1, t : t + 1], np.s_[b : b + 1, :seen]
         check(
-            (whole[0][b : b + 1, t : t + 1], whole[1][b : b + 1, :, t : t + 1]),
-            lambda rounded, b=b, t=t, seen=seen, static=static: reference.attention(
-                q[b : b + 1, t : t + 1], k[b : b + 1, :seen], v[b : b + 1, :seen], rounded=rounded,
-                **static,
+            (whole[0][query], whole[1][b : b + 1, :, t : t + 1]),
+            lambda rounded, query=query, keys=keys: reference.attention(
+                q[query], k[keys], v[keys], softcap=options.get("softcap"), rounded=rounded
             ),
             dtype,
             3 if "softcap" in names else 2,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -21,7 +21,6 @@ KINDS = [
     "bytes",
 ]  # FwdClass, in its order
 EIGHT_BITS = ["quantized", "quantized general", "bytes"]
-WIDEST = collections.defaultdict(lambda: 256, dropout=192)
 DTYPES = {"float16": 0, "bfloat16": 1}  # DType
 # Tiles of keys and of values, and what has instances on them.
 FORWARD = [
@@ -29,7 +28,7 @@ FORWARD = [
     for dim in _jax_fa.head_dims
     for kind in KINDS[:-1]
     for dtype in DTYPES
-    if dim <= WIDEST[kind]
+    if dim <= (192 if kind == "dropout" else 256)
 ]
 if 128 in _jax_fa.head_dims:
     FORWARD += [(128, 128, "bytes", "bfloat16")]

@@ -65,8 +65,8 @@ struct HopperTraits {
   static constexpr bool kNarrowRange = kPvType == DType::kF16;
   static constexpr int kSlackLog2 = kNarrowRange ? 15 : 63, kRoomLog2 = kNarrowRange ? 8 : 0;
 
-  // Whether scores become probabilities while p V still runs. Where that ends as late as it may,
-  // registers have to suffice.
+  // Whether scores become probabilities while p V still runs: for that registers have to suffice,
+  // more of them where scores are changed before.
   static constexpr int kSpareRegisters = kConsumerRegisters - kBlockN * 3 / 4 - kHeadDimV / 2;
   static constexpr bool kSoftmaxUnderPv =
       kSpareRegisters >= (kGeneral ? 72 : 32) && kHeadDimV <= 128;

@@ -292,7 +292,7 @@ template <class Traits>
 cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
   const AttentionParams& fwd = p.fwd;
   const bool packed = fwd.q_start != nullptr;
-  const bool masked = bwd_sm90_windowed(p) || packed;
+  const bool masked = fwd_sm90_windowed(fwd) || packed;
   HopperBwdParams params{};
   params.backward = p;
   params.order = bwd_sm90_order(p, Traits::kBlockM, masked || p.deterministic);
@@ -303,7 +303,7 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
                                                          fwd.heads_q, Traits::kHeadDim)
                                         : 0;
   if (p.deterministic) params.turns = next_tile + 1;
-  params.turn_queries = bwd_sm90_turns_of(bwd_sm90_windowed(p)).queries;
+  params.turn_queries = bwd_sm90_turn_sizes(fwd).queries;
   cudaError_t error = cudaMemsetAsync(p.dq_sum, 0, (sums + 1 + turns) * sizeof(float), stream);
   if (error != cudaSuccess) return error;
   error = launch_keys<Traits>(params, next_tile, stream);

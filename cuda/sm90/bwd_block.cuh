@@ -143,8 +143,9 @@ struct HopperBwdParams {
   HopperOrder order;
   int slots;       // tiles of sums of dq of one head
   int* next_tile;  // tiles beyond the first of each block that have been taken; null: in fixed turn
-  int turn_queries;  // that have a turn
-  int* turns;  // which tile of a row's keys adds next to a tile of sums; null: they do in any order
+  // Which tile of a row's keys adds next to the sums of turn_queries; null: they do in any order.
+  int turn_queries;
+  int* turns;
 };
 
 // The sums of dq of 64 queries lie as the accumulators of a warpgroup do, kTermDims dims after the

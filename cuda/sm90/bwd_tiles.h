@@ -46,7 +46,8 @@ inline int64_t bwd_sm90_turns(bool packed, int batch, int len_q, int total_q, in
 // another closely. A turn is that of several tiles of queries: to pass one on and to see that takes
 // longer than a tile does.
 struct BwdTurns {
-  int pairs, queries;  // of a section, a power of two of a turn
+  int pairs;    // of a section
+  int queries;  // of a turn, a power of two
 };
 
 // H200, bf16, forward and backward at T = 8k, times as long as with sums in any order, head_dim 64,
@@ -55,12 +56,8 @@ struct BwdTurns {
 // turns of 128 1.12, 1.19, 1.21. Causal, sections of 32 pairs, turns of 128 1.14, 1.06, 1.11; of
 // 256 1.07, 1.05, 1.08; sections of 16 pairs, turns of 256 1.31, 1.13, 1.08; of
 // 64 1.23, 1.26, 1.21; sections that fit L2 as a whole, at head_dim 128, 1.49.
-constexpr BwdTurns bwd_sm90_turns_of(bool windowed) {
-  return windowed ? BwdTurns{32, 256} : BwdTurns{16, 128};
-}
-
-inline bool bwd_sm90_windowed(const BackwardParams& p) {
-  return p.fwd.window_left >= 0 || p.fwd.window_right >= 0;
+inline BwdTurns bwd_sm90_turn_sizes(const AttentionParams& p) {
+  return fwd_sm90_windowed(p) ? BwdTurns{32, 256} : BwdTurns{16, 128};
 }
 
 // Pairs of a batch row and a key head, heads where rows are packed. A section is what fits L2 with
@@ -72,10 +69,10 @@ inline HopperOrder bwd_sm90_order(const BackwardParams& p, int keys, bool masked
   const int64_t group = fwd.heads_q / fwd.heads_kv;
   const int64_t query_bytes = fwd.head_dim * (2 + 4) + fwd.head_dim_v * 2;
   const int64_t bytes = int64_t(fwd.len_q) * group * query_bytes;
-  const int64_t fitting =
-      std::max(kFwdSectionBytes / std::max<int64_t>(1, bytes),
-               p.deterministic ? int64_t(bwd_sm90_turns_of(bwd_sm90_windowed(p)).pairs) : 1);
-  const int64_t section = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(pairs, 1));
+  const int64_t fitting = kFwdSectionBytes / std::max<int64_t>(1, bytes);
+  const int64_t fewest = p.deterministic ? bwd_sm90_turn_sizes(fwd).pairs : 1;
+  const int64_t section =
+      std::clamp<int64_t>(std::max(fitting, fewest), 1, std::max<int64_t>(pairs, 1));
   return {int(tiles), int(pairs), int(section), int(tiles * pairs), masked};
 }
 

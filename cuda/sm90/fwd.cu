@@ -15,16 +15,17 @@
 // next tile's copies run under it and under the epilogue. A warpgroup passes on keys that are past
 // all that its queries see, and its turn with them.
 //
-// What limits it is how many instructions a warp has between its products: at head_dim 128, 64 more
-// for a tile of keys (two for each score of a thread) cost 5 %. So a maximum is looked for only
-// until every query has one, and where keys are hidden: mostly in the first tile of keys. The
-// others follow it. If one outgrows it by more than probabilities can hold, the block does the tile
-// of queries once more with a maximum that moves, and starts some of the next ones like that. A
-// query that does not outgrow its own gets the same bits either way. (One maximum for all, and a
-// second pass where it fails: FlashDecoding++, Hong et al. 2023.) H200, bf16, B * T = 16384, N * H
-// = 2048, TFLOP/s at T = 1k, 8k and 16k before and now: head_dim 64 434, 571, 573 and 468, 638,
-// 650; causal 335, 540, 563 and 357, 603, 622; head_dim 128 623, 762, 770 and 670, 808, 817; causal
-// 474, 721, 742 and 496, 790, 812.
+// What limits it is how many instructions a warp has between its products: at head_dim 128, one
+// more for each score of a thread costs 5 %. So a maximum is looked for only until every query has
+// one, and where keys are hidden: mostly in the first tile of keys. The others follow it. If one
+// outgrows it by more than probabilities can hold, the block does the tile of queries once more
+// with a maximum that moves, and starts some of the next ones like that. A query that does not
+// outgrow its own gets the same bits either way. (One maximum for all, and a second pass where it
+// fails: FlashDecoding++, Hong et al. 2023.) H200, bf16, B * T = 16384, N * H = 2048, TFLOP/s at T
+// = 1k, 8k and 16k before and now: head_dim 64 426, 570, 579 and 458, 633, 643; causal 328, 536,
+// 562 and 349, 600, 628; head_dim 128 635, 750, 763 and 674, 806, 819; causal 466, 712, 735 and
+// 485, 791, 813; head_dim 256 682, 813, 823 and 687, 839, 850; causal 490, 737, 764 and 494, 779,
+// 813.
 //
 // Over keys and values of 8 bits, warpgroups between those dequantize (dequantize.cuh): copies
 // bring bytes, and what consumers wait for is what dequantizers have made of them. kBytes leaves
@@ -48,7 +49,8 @@ namespace jax_fa {
 // Whose turn it is to start products: one warpgroup's at a time, in a circle.
 template <int kConsumers>
 struct Turn {
-  static constexpr int kFirstId = 1, kEndId = kFirstId + kConsumers;  // of named barriers
+  // Of named barriers: 0 is __syncthreads, those from kEndId on are not for turns.
+  static constexpr int kFirstId = 1, kEndId = kFirstId + kConsumers;
   int mine;
 
   __device__ explicit Turn(int consumer) : mine(consumer) {
@@ -93,11 +95,11 @@ struct Consumer {
   Interval all;         // keys that all of the warpgroup's queries see
   OnlineSoftmax<1, Traits::kSlackLog2, Traits::kRoomLog2> softmax;
   bool follows;  // all queries of the warpgroup have a maximum, and none is looked for
-  float most;    // that the lane's rows have added to their sums since then
+  float most;    // what one of the lane's rows has added to its sum at most since then
   // kBytes: the units of the lane's rows of scores, and of values and o as log2.
   float unit[2];
   int v_unit = 0;
-  float shrink[2];  // what o must be multiplied by where a maximum has moved
+  float shrink[1][2];  // what o must be multiplied by where a maximum has moved
   float s[1][kBlockN / 8][4];
   uint32_t p[kBlockN / 4];
   uint2 seeds;  // unused without dropout
@@ -294,7 +296,7 @@ struct Consumer {
       return false;
     }
     if constexpr (kKeys == Keys::kHidden) apply_mask();
-    const bool moved = softmax.step(s, to_log2, reinterpret_cast<float (&)[1][2]>(shrink));
+    const bool moved = softmax.step(s, to_log2, shrink);
     if constexpr (Traits::kFollowsMax) {
       bool has_max = !tile().exact;
 #pragma unroll
@@ -443,7 +445,7 @@ struct Consumer {
     release_v();
     if constexpr (!Traits::kSoftmaxUnderPv) make_probabilities();
     pack_probabilities();
-    if (moved) rescale_o(shrink);
+    if (moved) rescale_o(shrink[0]);
   }
 
   // The last product of a tile.
