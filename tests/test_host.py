@@ -180,7 +180,7 @@ def test_dropout_has_kernels_and_tiles_of_its_own(device, tier):
         (("int8", "int8"), 72, None, None, "sm80/fwd"),  # rows of no whole 16 bytes
         (("int8", "bfloat16"), 128, None, None, "sm80/fwd"),  # one of them quantized
         (("int8", "int8"), 128, None, 4, "decode, sm80/fwd"),
-        (("bfloat16", "bfloat16"), 256, None, 64, "decode, sm90/fwd"),  # tiles of 80 keys
+        (("bfloat16", "bfloat16"), 256, None, 48, "decode, sm90/fwd"),  # tiles of 64 keys
         (("bfloat16", "bfloat16"), 256, None, 4, "decode, sm80/fwd"),
     ],
 )

@@ -28,7 +28,7 @@ FORWARD = [
     for dim in _jax_fa.head_dims
     for kind in KINDS[:-1]
     for dtype in DTYPES
-    if dim <= (192 if kind == "dropout" else 256)
+    if dim <= 256
 ]
 if 128 in _jax_fa.head_dims:
     FORWARD += [(128, 128, "bytes", "bfloat16")]

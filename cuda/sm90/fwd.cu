@@ -102,7 +102,6 @@ struct Consumer {
   float shrink[1][2];  // what o must be multiplied by where a maximum has moved
   float s[1][kBlockN / 8][4];
   uint32_t p[kBlockN / 4];
-  uint2 seeds;  // unused without dropout
   float o[kHeadDimV / 2];
 
   __device__ Consumer(const HopperParams& params, Storage& shared)
@@ -276,8 +275,8 @@ struct Consumer {
   __device__ void apply_dropout() {
     if constexpr (Traits::kDropout) {
       const QueryTile& q = tile().q;
-      const Dropout dropout(params, seeds, q.head);
-      dropout.apply(p, q.row0 + consumer * 64 + row - lane / 4, n * kBlockN);
+      const int warp = (threadIdx.x & 96) / 32;  // no register to keep it in, nor the seeds
+      Dropout(params, q.b, q.head).apply(p, q.row0 + consumer * 64 + warp * 16, n * kBlockN);
     }
   }
 
@@ -343,11 +342,10 @@ struct Consumer {
     begin = tile.begin;
     softmax = {};
     most = 0.f;
-    if constexpr (Traits::kDropout) seeds = dropout_seeds(params, max(tile.q.b, 0));
 #pragma unroll
     for (float& x : o) x = 0.f;
 
-    ptx::barrier_wait(shared.q_full[q_ring.at()], q_ring.parity());
+    ptx::barrier_wait(shared.q_full[q_ring.at()][query_part()], q_ring.parity());
     if constexpr (Traits::kBytes) {
       split_queries<Traits>(shared.q[q_ring.at()], consumer * 64 + row - lane / 4, unit);
     }
@@ -389,6 +387,8 @@ struct Consumer {
     pack_probabilities();
   }
 
+  __device__ int query_part() const { return Traits::kQueryParts > 1 ? consumer : 0; }
+
   // The queries are used up, unless their place serves the epilogue.
   __device__ void last_scores() {
     if constexpr (!Storage::kStagesOutput) release_q();
@@ -400,12 +400,12 @@ struct Consumer {
       ptx::bulk_wait_read();
       ptx::fence_async_proxy();
       constexpr int kBuffers = Traits::kTile.q_buffers;
-      ptx::barrier_arrive(shared.q_empty[(q_ring.at() + kBuffers - 1) % kBuffers]);
+      ptx::barrier_arrive(shared.q_empty[(q_ring.at() + kBuffers - 1) % kBuffers][query_part()]);
     }
   }
 
   __device__ void release_q() {
-    release(shared.q_empty[q_ring.at()]);
+    release(shared.q_empty[q_ring.at()][query_part()]);
     q_ring.advance();
   }
 
@@ -489,13 +489,14 @@ struct Consumer {
   // Closes the softmax and writes the rows; what is no query of any row gets o = 0, lse = -inf. A
   // warp with a row that has outgrown its maximum has the tile done again instead.
   __device__ void store() {
+    bool outgrown = false;
     if constexpr (Traits::kFollowsMax) {
       const bool again = softmax.has_outgrown(most) && (is_query(0) || is_query(1));
-      if (__any_sync(0xffffffff, again)) {
-        if (lane == 0) shared.outgrown[tile_ring.at()] = true;
-        return;
-      }
+      outgrown = __any_sync(0xffffffff, again);
+      if (outgrown && lane == 0) shared.outgrown[tile_ring.at()] = true;
     }
+    release(shared.tile_judged[tile_ring.at()]);
+    if (outgrown) return;
     const QueryTile& q = tile().q;
     const AttentionParams& p = params;
     const OutputWarp<Traits> out(hopper, q, consumer * 64 + row - lane / 4);
@@ -589,7 +590,7 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   params.order = order;
   params.box_tokens = fwd_sm90_box(p, Traits::kBlockN);
   error = make_tensor_map(params.q, p.dtype, p.q, p.head_dim, p.heads_q, p.q_head_stride, p.total_q,
-                          p.q_token_stride, 1, 0, kPanel, Traits::kBlockM);
+                          p.q_token_stride, 1, 0, kPanel, Traits::kBlockM / Traits::kQueryParts);
   if (error != cudaSuccess) return error;
   params.in_groups = Traits::kInGroups && fwd_sm90_in_groups(p, kPanel);
   params.k_strides = PanelStrides::of<Traits>(params.in_groups, Traits::kPanels);
@@ -654,10 +655,7 @@ cudaError_t launch_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
     case FwdClass::kQuantizedGeneral:
       return run.template operator()<FwdClass::kQuantizedGeneral>();
     case FwdClass::kDropout:
-      if constexpr (fwd_sm90_has_dropout(kHeadDim)) {
-        return run.template operator()<FwdClass::kDropout>();
-      }
-      return cudaErrorNotSupported;
+      return run.template operator()<FwdClass::kDropout>();
     default:
       return run.template operator()<FwdClass::kGeneral>();
   }

@@ -18,7 +18,7 @@ struct Scheduler {
   static constexpr int kExactTiles = 16;
 
   using TileRing = Ring<HopperStorage<Traits>::kTiles>;
-  TileRing ring = {}, oldest = {};  // the next to publish, and the oldest that was not waited for
+  TileRing ring = {}, oldest = {};  // the next to publish, and the oldest that was not judged
   int exact_tiles = 0;              // of those to come
 
   __device__ void run() {
@@ -118,6 +118,7 @@ struct Scheduler {
 
   __device__ void publish(const WorkTile& tile) {
     while (ring.count - oldest.count >= HopperStorage<Traits>::kTiles) settle();
+    wait_empty();
     if (lane == 0) {
       shared.tile(ring.at()) = tile;
       shared.tile(ring.at()).exact |= exact_tiles > 0;
@@ -127,13 +128,19 @@ struct Scheduler {
     --exact_tiles;
   }
 
-  // Waits until the oldest tile is done. One that has outgrown its first maximum is done again, as
-  // are at first some that follow: their keys may be the same.
+  __device__ void wait_empty() const {
+    ptx::barrier_wait(shared.tile_empty[ring.at()], ring.parity() ^ 1);
+  }
+
+  // Waits until the oldest tile is judged, which is before its epilogue: the last one's runs while
+  // the end is published. One that has outgrown its first maximum is done again, as are at first
+  // some that follow: their keys may be the same.
   __device__ void settle() {
     const int at = oldest.at();
-    ptx::barrier_wait(shared.tile_empty[at], oldest.parity());
+    ptx::barrier_wait(shared.tile_judged[at], oldest.parity());
     oldest.advance();
     if (!shared.outgrown[at]) return;
+    wait_empty();
     copy(shared.tile(ring.at()), shared.tile(at));
     if (lane == 0) {
       shared.outgrown[at] = false;
@@ -198,14 +205,19 @@ struct Loader {
  private:
   // Rows past the tile's are those of a neighbour; what they give is not written.
   __device__ void load_q(const QueryTile& q) {
-    ptx::Barrier& full = shared.q_full[q_ring.at()];
-    ptx::barrier_wait(shared.q_empty[q_ring.at()], q_ring.parity() ^ 1);
-    if (lane == 0) {
-      ptx::barrier_expect(full, sizeof(shared.q[0]));
+    const int at = q_ring.at();
 #pragma unroll
-      for (int i = 0; i < Traits::kPanels; ++i) {
-        ptx::tensor_load(shared.q[q_ring.at()][i], params.q, i * Traits::kPanel, q.head,
-                         int(q.token0), 0, full);
+    for (int part = 0; part < Traits::kQueryParts; ++part) {
+      ptx::Barrier& full = shared.q_full[at][part];
+      const int row0 = part * (Traits::kBlockM / Traits::kQueryParts);
+      ptx::barrier_wait(shared.q_empty[at][part], q_ring.parity() ^ 1);
+      if (lane == 0) {
+        ptx::barrier_expect(full, sizeof(shared.q[0]) / Traits::kQueryParts);
+#pragma unroll
+        for (int i = 0; i < Traits::kPanels; ++i) {
+          ptx::tensor_load(shared.q[at][i][row0], params.q, i * Traits::kPanel, q.head,
+                           int(q.token0) + row0, 0, full);
+        }
       }
     }
     q_ring.advance();

@@ -37,11 +37,12 @@ struct HopperTile {
 // causal 338, 594, 734; n = 160 0.85, 0.94, 0.99. head_dim 256: 532, 756, 836; n = 64 0.96, 0.86,
 // 0.75. As they are now, at head_dim 128: 534, 753, 817; n = 128 1.00, 0.99, 0.98; three warpgroups
 // with n = 80 0.94, 0.99, 0.99; causal 345, 640, 810; n = 160 0.85, 0.93, 0.98; the three 0.99,
-// 0.98, 1.02. head_dim 192 with values of 128, N = 16, at 1k, 4k, 16k: 564, 716, 747; on the tile
-// of 192 values 0.88, 0.92, 0.95; n = 112 0.93, 0.97, 1.00; n = 96 with two buffers of queries
-// 0.98, 1.00, 0.98; three warpgroups with n = 80 0.91, 1.00, 1.07; causal 367, 603, 711; the tile
-// of 192 values 0.91, 0.89, 0.89; the other three 0.96 to 1.01. Its general scores spill with n =
-// 112.
+// 0.98, 1.02; head_dim 256 at T = 512, 2k, 8k: 567 (rows do not fill n = 80), 770, 824; n = 64
+// 1.02, 1.01, 1.00; causal 344, 622, 772; n = 64 1.01, 1.02, 1.00. head_dim 192 with values of 128,
+// N = 16, at 1k, 4k, 16k: 564, 716, 747; on the tile of 192 values 0.88, 0.92, 0.95; n = 112 0.93,
+// 0.97, 1.00; n = 96 with two buffers of queries 0.98, 1.00, 0.98; three warpgroups with n = 80
+// 0.91, 1.00, 1.07; causal 367, 603, 711; the tile of 192 values 0.91, 0.89, 0.89; the other three
+// 0.96 to 1.01. Its general scores spill with n = 112.
 //
 // Of 8-bit keys the limit is shared memory, which their elements pass three times beside what
 // products read, and then the dequantizers' instructions: two warpgroups of them, where tiles of
@@ -73,7 +74,7 @@ constexpr HopperTile fwd_sm90_tile(int head_dim_tile, int head_dim_v_tile, FwdCl
   if (kind == FwdClass::kDropout) return {128, 64, 2, 1};  // it is drawn for 64 keys at a time
   if (head_dim_v_tile <= 128) return {128, general ? 96 : 128, 2, 1};
   if (head_dim_tile <= 192) return {128, full ? 112 : 96, 2, 1};
-  return {128, general ? 64 : 80, 2, 1};
+  return {128, full ? 80 : 64, 2, 1};
 }
 
 // The order of tiles. Pairs of a batch row and a head (heads, where queries are packed) go section
@@ -181,9 +182,6 @@ inline bool fwd_sm90_widens(const KvTensor& x, int dim) {
   return element_size(x.dtype) == 1 && dim % 16 == 0 && dim / std::max(x.groups, 1) % 16 == 0;
 }
 
-// Whether registers are left for dropout.
-constexpr bool fwd_sm90_has_dropout(int head_dim_tile) { return head_dim_tile <= 192; }
-
 // What is drawn is compared as float16, where infinity is the last that a limit can be. Rates past
 // 0.96875 are left to the portable kernels.
 inline bool sm90_covers_rate(const AttentionParams& p) { return p.dropout_limit <= 0x7c00; }
@@ -191,7 +189,7 @@ inline bool sm90_covers_rate(const AttentionParams& p) { return p.dropout_limit 
 // Whether the kernel can run a call.
 inline bool fwd_sm90_covers(const AttentionParams& p, int head_dim_tile) {
   if (p.dtype == DType::kF32 || p.bias || head_dim_tile > kMostHeadDim) return false;
-  if (p.seeds && !(fwd_sm90_has_dropout(head_dim_tile) && sm90_covers_rate(p))) return false;
+  if (p.seeds && !sm90_covers_rate(p)) return false;
   if (fwd_sm80_quantized(p) &&
       !(fwd_sm90_widens(p.k, p.head_dim) && fwd_sm90_widens(p.v, p.head_dim_v))) {
     return false;
