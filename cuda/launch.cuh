@@ -59,11 +59,12 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Launches clusters of blocks, if all of them run at once: `launched` says whether. Only code for
-// sm_90 knows of clusters, and GPUs of one kind differ in how many of them they hold.
+// Launches clusters of blocks, if there are any and, where asked for, if all of them run at once:
+// `launched` says whether. Only code for sm_90 knows of clusters, and GPUs of one kind differ in
+// how many of them they hold.
 template <typename... Params, typename... Args>
 cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, dim3 cluster, int threads,
-                            int shared_bytes, cudaStream_t stream, bool& launched,
+                            int shared_bytes, cudaStream_t stream, bool at_once, bool& launched,
                             const Args&... args) {
   launched = false;
   cudaFuncAttributes compiled = {};
@@ -77,10 +78,8 @@ cudaError_t launch_clusters(void (*kernel)(Params...), dim3 grid, dim3 cluster, 
   const cudaLaunchConfig_t config = launch_config(grid, threads, shared_bytes, stream, &shape);
   int clusters = 0;
   error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
-  if (error != cudaSuccess || blocks > int64_t(clusters) * cluster.x * cluster.y * cluster.z) {
-    return error;
-  }
+  const int64_t wanted = int64_t(grid.x) * grid.y * grid.z / (cluster.x * cluster.y * cluster.z);
+  if (error != cudaSuccess || clusters < (at_once ? wanted : 1)) return error;
   launched = true;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }

@@ -106,6 +106,31 @@ def test_decode_of_few_rows_in_clusters(rows, splits, dtype, kind, rng):
         check_decode(q, cache, wide, jnp.full(rows, length, jnp.int32), maps, "bfloat16")
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize(
+    "dtype, dim, rows, tokens",
+    [
+        ("bfloat16", 64, 34, 600),
+        ("bfloat16", 128, 34, 600),
+        ("bfloat16", 256, 100, 900),
+        ("int8", 128, 34, 600),
+    ],
+)
+def test_decode_of_many_rows_in_pairs_of_blocks(dtype, dim, rows, tokens, kind, rng):
+    cache, wide, maps = filled(rng, kind, rows, tokens, 4, dim, dtype)
+    q = cases.normal(rng, rows, 1, 8, dim, dtype=jnp.bfloat16)
+    lengths = jnp.array(rng.integers(0, tokens, rows), jnp.int32).at[:3].set((0, 5, tokens))
+
+    def attend(q):
+        return jax_fa.decode_attention(q, *cache, lengths, **maps)
+
+    (plan,) = jax_fa.explain(attend, q, device="h200")
+    assert (plan.warps, plan.splits) == (2, 2)
+    for options in ({}, {"window": 400, "softcap": 20.0}):
+        call, actual = check_decode(q, cache, wide, lengths, maps, "bfloat16", **options)
+        same_bits(call(q, cache, lengths, maps), actual)
+
+
 @pytest.mark.parametrize("page", [1, 8, 16, 128])
 def test_decode_page_sizes(page, rng):
     cache, wide, maps = filled(rng, "paged", 2, 300, 2, 64, "bfloat16", page=page)

@@ -263,6 +263,13 @@ def test_few_rows_are_split_into_clusters_that_run_at_once():
         assert _jax_fa.decode_splits(batch, 1, 32, 8, 128, 128, 1024, 2) == splits
 
 
+def test_rows_are_split_no_more_than_memory_needs():
+    for batch, length, splits in (
+        (64, 8192, 1), (128, 4096, 2), (16, 32768, 2), (4, 131072, 8)
+    ):  # fmt: skip
+        assert _jax_fa.decode_splits(batch, 1, 32, 8, 128, 128, length, 2) == splits
+
+
 @pytest.mark.parametrize("key_bytes, grouped", [(0, False), (1, False), (1, True), (2, False)])
 def test_decode_splits_of_few_keys_stay_whole(key_bytes, grouped):
     for length in (1, 64, 127):

@@ -107,7 +107,8 @@ struct Combine {
     if (threadIdx.x == 0) shared.lse = sum == 0.f ? -INFINITY : top + __logf(sum);
   }
 
-  __device__ void merge_few(const Partials& partials, const Row<true>& row, int token,
+  template <bool kPacked>
+  __device__ void merge_few(const Partials& partials, const Row<kPacked>& row, int token,
                             int head) const {
     const int lane = threadIdx.x % 32;
     const float lse =
@@ -164,16 +165,24 @@ struct Combine {
   }
 };
 
-// grid (batch x len_q x heads_q)
-template <int kHeadDim, DType kDType>
+// Dense queries: a block for each row of the output, or where there are many in few splits, a warp.
+template <int kHeadDim, DType kDType, bool kWarps>
 __global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
     combine_kernel(const AttentionParams p, const SplitScratch scratch) {
-  __shared__ typename Combine<kHeadDim, kDType>::Shared shared;
+  using T = Combine<kHeadDim, kDType>;
+  __shared__ typename T::Shared shared;
   ptx::wait_for_previous_grid();
-  const int head = blockIdx.x % p.heads_q, token = blockIdx.x / p.heads_q % p.len_q;
-  const Row<false> row(p, blockIdx.x / p.heads_q / p.len_q);
-  const Partials partials{blockIdx.x, int64_t(p.total_q) * p.heads_q, scratch.splits};
-  Combine<kHeadDim, kDType>{p, scratch, shared}.merge(partials, row, token, head);
+  const int i = kWarps ? (blockIdx.x * T::kThreads + threadIdx.x) / 32 : blockIdx.x;
+  if (i >= p.total_q * p.heads_q) return;
+  const int head = i % p.heads_q, token = i / p.heads_q % p.len_q;
+  const Row<false> row(p, i / p.heads_q / p.len_q);
+  const Partials partials{i, int64_t(p.total_q) * p.heads_q, scratch.splits};
+  const T combine{p, scratch, shared};
+  if constexpr (kWarps) {
+    combine.merge_few(partials, row, token, head);
+  } else {
+    combine.merge(partials, row, token, head);
+  }
 }
 
 // Packed rows: as many blocks as run at once take the heads of rows in several parts, a warp for
@@ -217,12 +226,20 @@ template <int kHeadDim, DType kDType>
 cudaError_t launch_combine(const AttentionParams& p, const SplitScratch& scratch,
                            cudaStream_t stream) {
   using T = decode::Combine<kHeadDim, kDType>;
-  constexpr int kPackedBlocks = 1024;  // what an H200 holds at once
-  const int blocks = (p.q_start ? p.batch : p.total_q) * p.heads_q;
-  const auto kernel = p.q_start ? decode::packed_combine_kernel<kHeadDim, kDType>
-                                : decode::combine_kernel<kHeadDim, kDType>;
-  return launch(kernel, dim3(p.q_start ? std::min(blocks, kPackedBlocks) : blocks), T::kThreads, 0,
-                stream, /*beside_previous=*/true, p, scratch);
+  constexpr int kBlocks = 1024;  // what an H200 holds at once
+  const int rows = (p.q_start ? p.batch : p.total_q) * p.heads_q;
+  const auto run = [&](auto kernel, int blocks) {
+    return launch(kernel, dim3(blocks), T::kThreads, 0, stream, /*beside_previous=*/true, p,
+                  scratch);
+  };
+  if (p.q_start) {
+    return run(decode::packed_combine_kernel<kHeadDim, kDType>, std::min(rows, kBlocks));
+  }
+  if (rows <= kBlocks || scratch.splits > T::kFew) {
+    return run(decode::combine_kernel<kHeadDim, kDType, false>, rows);
+  }
+  constexpr int kWarps = T::kThreads / 32;
+  return run(decode::combine_kernel<kHeadDim, kDType, true>, (rows + kWarps - 1) / kWarps);
 }
 
 }  // namespace jax_fa

@@ -51,7 +51,8 @@ struct Traits {
   static constexpr int kColumnTiles = kColumnTiles_, kColumns = kColumnTiles * 8;
   static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
   static constexpr bool kWide = kWarps == kWideWarps;
-  static constexpr bool kClusters = kWide && kColumnTiles == 1;  // parts may be blocks of one
+  static constexpr bool kClusters = kColumnTiles == 1;  // parts may be blocks of one
+  static constexpr int kMostBlocks = kWide ? kMaxCluster : kNarrowCluster;  // of a cluster
   // Steps of a warp in flight or in use: shared memory then holds 12 warps with twice 8 KB, or 8
   // with three times, more than the 40 KB that an H200's SM needs in flight. 8-bit caches gain more
   // from 16 warps.
@@ -86,8 +87,8 @@ struct SharedStorage {
   union {
     Stage<T> stages[T::kWarps][T::kStages];
     struct {  // after the loop
-      Parts<T> warps;
-      Parts<T> blocks[T::kClusters];  // of a cluster, in the first of these
+      Parts<T, T::kWarps> warps;
+      Parts<T, T::kMostBlocks> blocks[T::kClusters];  // of a cluster, in the first of these
     } merge;
   };
   uint2 q[T::kQSteps][T::kColumnTiles][32];  // B fragments, by lane
@@ -103,6 +104,7 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
                                        const SplitScratch& scratch, const Task<kPacked>& task,
                                        Meanwhile meanwhile) {
   using Share = decode::Share<!T::kWide, T::kWarps>;
+  constexpr bool kClusters = T::kClusters && !kPacked && kHasClusters;
   std::conditional_t<T::kWide, Row<kPacked>, const Row<kPacked>&> row = task.row;
   const int b = row.b, head_kv = task.head_kv;
   const int heads_group = kPacked ? p.heads_q / p.heads_kv : scratch.heads_group;
@@ -148,7 +150,7 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
   };
 
   const auto after_first_copy = [&] {
-    if constexpr (T::kClusters && kHasClusters) {
+    if constexpr (kClusters) {
       if (scratch.in_cluster && threadIdx.x == 0) {
         ptx::barrier_init(smem.parts_arrived, 1);
         ptx::fence_barrier_init();
@@ -235,6 +237,7 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
   } else {
 #pragma unroll
     for (int i = 0; i < T::kStages; ++i) copy(step + i * share.stride, i);
+    after_first_copy();
     prepare();
     for (; step < share.end_step; step += share.stride) {
       consume(step, stage);
@@ -245,7 +248,7 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
 
   ptx::cp_async_wait<0>();
   __syncthreads();  // no warp reads its queue any more: the merge takes its place
-  if constexpr (T::kClusters && kHasClusters) {
+  if constexpr (kClusters) {
     if (scratch.in_cluster) ptx::cluster_arrive();
   }
   consumer.publish(smem);
@@ -255,7 +258,7 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
   } else {
     const Row<false> row(p, blockIdx.z);  // not kept over the loop
     const Merger<T, false> merger{smem, p, scratch, row, task};
-    if constexpr (T::kClusters && kHasClusters) {
+    if constexpr (kClusters) {
       if (scratch.in_cluster) return merger.in_cluster();
     }
     merger.in_block();
@@ -320,13 +323,15 @@ cudaError_t launch_dense(const AttentionParams& p, SplitScratch scratch, cudaStr
   const dim3 grid(p.heads_kv * ((columns + T::kColumns - 1) / T::kColumns), scratch.splits,
                   p.batch);
   if constexpr (T::kClusters) {
-    static_assert(kMaxCluster <= T::kWarps);  // what a block has place for
-    if (scratch.splits > 1 && fits_clusters(int64_t(grid.x) * grid.z, scratch.splits)) {
+    // wide blocks are as many as run at once, and have to
+    const bool suits = T::kWide ? fits_clusters(int64_t(grid.x) * grid.z, scratch.splits)
+                                : scratch.splits == kNarrowCluster;
+    if (scratch.splits > 1 && suits) {
       bool launched = false;
       scratch.in_cluster = true;
-      const cudaError_t error =
-          launch_clusters(decode_kernel<T>, grid, dim3(1, scratch.splits), T::kThreads,
-                          sizeof(SharedStorage<T>), stream, launched, p, scratch);
+      const cudaError_t error = launch_clusters(decode_kernel<T>, grid, dim3(1, scratch.splits),
+                                                T::kThreads, sizeof(SharedStorage<T>), stream,
+                                                /*at_once=*/T::kWide, launched, p, scratch);
       if (launched || error != cudaSuccess) return error;
       scratch.in_cluster = false;
     }

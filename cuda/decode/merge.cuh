@@ -18,11 +18,11 @@ constexpr bool kHasClusters = false;
 #endif
 
 // What is merged: each with its own maximum, and not divided by its sum.
-template <typename T>
+template <typename T, int kCount>
 struct Parts {
   // padded: the lanes of a quad write rows that lie 8 banks apart
-  float o[T::kWarps][T::kColumns][T::kHeadDim + 4];
-  float max_log2[T::kWarps][T::kColumns], sum[T::kWarps][T::kColumns];
+  float o[kCount][T::kColumns][T::kHeadDim + 4];
+  float max_log2[kCount][T::kColumns], sum[kCount][T::kColumns];
 };
 
 // Four dims of a column.
@@ -52,8 +52,8 @@ struct Merger {
   }
 
   // The parts of several warps, or blocks of a cluster, always in the same order.
-  template <int kUnroll>
-  static __device__ Sum sum_of(const Parts<T>& parts, int count, int column, int dim) {
+  template <int kUnroll, int kCount>
+  static __device__ Sum sum_of(const Parts<T, kCount>& parts, int count, int column, int dim) {
     Sum all = {{}, kNoMax, 0.f};
 #pragma unroll kUnroll
     for (int i = 0; i < count; ++i) all.max_log2 = fmaxf(all.max_log2, parts.max_log2[i][column]);
@@ -99,7 +99,7 @@ struct Merger {
   // no second launch, and no partials in memory. 2048 keys of 32 heads take 12.4 us in clusters of
   // 2 and 14.4 in four parts that another launch merges (H200).
   __device__ void in_cluster() const {
-    Parts<T>& parts = smem.merge.blocks[0];
+    auto& parts = smem.merge.blocks[0];
     ptx::cluster_wait();  // the first block's queues are read, its barrier is initialized
     if (task.part == 0 && threadIdx.x == 0) {
       int columns = 0;

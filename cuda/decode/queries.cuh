@@ -14,7 +14,7 @@ struct QueryLoader {
   static constexpr int kLanes = T::kQSteps * T::kColumnTiles * 32;
   // Of one tile of columns by many warps, the last of these: they copy keys only where there are
   // many.
-  static constexpr int kWarps = T::kClusters ? T::kWarps / 2 : T::kWarps;
+  static constexpr int kWarps = T::kWide && T::kColumnTiles == 1 ? T::kWarps / 2 : T::kWarps;
   static constexpr int kVectors = (kLanes + kWarps * 32 - 1) / (kWarps * 32);
   uint2 rQ[kVectors];
 

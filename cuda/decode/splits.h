@@ -46,8 +46,11 @@ constexpr int decode_step_keys(int head_dim, int column_tiles, bool byte_keys) {
 
 constexpr int kMultiprocessors = 132, kProcessingClusters = 8;  // of an H200
 
-// Parts of a row whose blocks are a cluster: as many as all GPUs that know these allow.
-constexpr int kMaxCluster = 8;
+// Parts of a row whose blocks are a cluster: as many as all GPUs that know these allow. Of narrow
+// blocks, many of which run on a multiprocessor, clusters of four read slowly: H200, 128 x 4096
+// keys of 8 heads, bf16, 516 us whole, 489 in clusters of two, 491 of four, 500 in two parts that
+// another launch merges; 16 x 32768 keys 478 in clusters of two, 509 of four.
+constexpr int kMaxCluster = 8, kNarrowCluster = 2;
 
 // Whether so many rows' clusters of that size run at once, and do it well. The multiprocessors of a
 // cluster belong to one processing cluster, which has some even number of them: of an H200's, 30
@@ -72,25 +75,31 @@ constexpr int decode_slots(int head_dim, int column_tiles, int warps, int key_by
 // block spends beside reading, and the second launch with its partials.
 struct DecodeModel {
   static constexpr float kReadBytes = 4.5e6f, kCombine = 4;  // bytes a us; us
-  static constexpr float kLatency = 1;                       // us from a copy to its arrival
 
   int slots;        // blocks that run at once
   float key_bytes;  // of a key and its value, of one head
   int block_keys;   // that a block could read while it starts, merges and ends
   int flight_keys;  // that a block has in flight
+  // Whether blocks do little but wait for memory, each for all that it has in flight at once. Then
+  // a third of the slots read as fast as all: H200, 64 x 8192 keys of 8 heads take 482 us in 512
+  // blocks, 491 in 1536; 16 x 32768 keys 478 in 256, 485 in 768, 657 in 128.
+  bool streams = false;
 
   // `blocks` read `keys` keys in all, none more than `longest`; partials are float32. Beside
   // another launch nobody knows how full the last wave is.
   __host__ __device__ float time(float blocks, float keys, float longest, float partial_bytes,
                                  bool beside = false) const {
     const float waves = blocks / slots, rest = beside ? 0 : waves - int(waves);
-    // few blocks leave memory idle: the last wave takes 0.3 + 0.7 * rest of a full one
-    const float idle = rest == 0 && !beside ? 0 : 0.3f * (1 - rest) * (longest + block_keys);
+    // few blocks leave memory idle: the last wave takes so much more than its part of a full one
+    const float share = !streams ? 0.3f : waves < 1 ? 0.f : 0.09f;
+    const float idle = rest == 0 && !beside ? 0 : share * (1 - rest) * (longest + block_keys);
     const float rate = slots * key_bytes / kReadBytes;
     const float read = ((keys + blocks * block_keys) / slots + idle) * rate;
-    const float wait = ceilf(longest / flight_keys) * kLatency;
+    const float latency = streams ? 1.7f : 1.f;  // us for what a block has in flight
+    const float wait = ceilf(longest / flight_keys) * latency;
+    const float start = streams ? 3 : 0;  // us
     const float combine = partial_bytes > 0 ? kCombine + 2 * partial_bytes / kReadBytes : 0;
-    return fmaxf(read, wait) + combine;
+    return start + fmaxf(read, wait) + combine;
   }
 };
 
@@ -153,10 +162,11 @@ inline DecodeSplit decode_split(int batch, int len_q, int heads_q, int heads_kv,
   const auto try_slots = [&](int slots, int64_t most_blocks) {
     const int warps = decode_warps(tiles);
     const DecodeModel model{slots, (head_dim + head_dim_v) * (key_bytes == 1 ? 1.f : 2.f), 20,
-                            warps * 32};
+                            warps * 32, tiles == 1 && key_bytes > 0 && !grouped};
     try_warps(warps, most_blocks, [&](int splits, int64_t scratch) {
+      const bool in_cluster = tiles == 1 && splits == kNarrowCluster;
       const float time = model.time(float(blocks) * splits, float(blocks) * max_len_kv,
-                                    float(max_len_kv) / splits, float(scratch));
+                                    float(max_len_kv) / splits, in_cluster ? 0.f : float(scratch));
       return std::max(time, kLeast);
     });
   };
