@@ -48,7 +48,7 @@ constexpr int kMultiprocessors = 132, kProcessingClusters = 8;  // of an H200
 
 // Parts of a row whose blocks are a cluster: as many as all GPUs that know these allow. Of narrow
 // blocks, many of which run on a multiprocessor, clusters of four read slowly: H200, 128 x 4096
-// keys of 8 heads, bf16, 516 us whole, 489 in clusters of two, 491 of four, 500 in two parts that
+// keys of 8 heads, bf16, 504 us whole, 484 in clusters of two, 491 of four, 496 in two parts that
 // another launch merges; 16 x 32768 keys 478 in clusters of two, 509 of four.
 constexpr int kMaxCluster = 8, kNarrowCluster = 2;
 

@@ -158,9 +158,11 @@ struct HopperStorage {
       ptx::barrier_init(tile_judged[i], kConsumerWarps);
       outgrown[i] = false;
     }
-    for (int i = 0; i < Traits::kTile.q_buffers * Traits::kQueryParts; ++i) {
-      ptx::barrier_init(q_full[0][i], 1);
-      ptx::barrier_init(q_empty[0][i], kConsumerWarps / Traits::kQueryParts);
+    for (int i = 0; i < Traits::kTile.q_buffers; ++i) {
+      for (int part = 0; part < Traits::kQueryParts; ++part) {
+        ptx::barrier_init(q_full[i][part], 1);
+        ptx::barrier_init(q_empty[i][part], kConsumerWarps / Traits::kQueryParts);
+      }
     }
     for (int i = 0; i < Traits::kStages; ++i) {
       ptx::barrier_init(k_full[i], Traits::kBytes ? 2 : kFillers);  // warp 1, and 2 with scales

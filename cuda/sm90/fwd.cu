@@ -33,7 +33,9 @@
 //
 // Barriers come in pairs: `full` (the producer, to all consumers: it has landed) and `empty` (the
 // warps of all consumers, to the producer: it may be overwritten), for each buffer of tiles of
-// keys, values, queries and for each place in the ring of descriptions of tiles.
+// keys, values, queries (in two halves where they have one buffer, block.cuh) and for each place in
+// the ring of descriptions of tiles. Of those `judged` tells warp 0 whether a tile is done or has
+// to be done again, before its epilogue.
 #include "../dropout.cuh"
 #include "../softmax.cuh"
 #include "block.cuh"
@@ -108,6 +110,9 @@ struct Consumer {
       : hopper(params), shared(shared), turn(consumer) {}
 
   __device__ const WorkTile& tile() { return shared.tile(tile_ring.at()); }
+
+  // Whose barriers this warpgroup's queries have.
+  __device__ int query_part() const { return Traits::kQueryParts > 1 ? consumer : 0; }
 
   __device__ float (&scores()) [kBlockN / 2] { return reinterpret_cast<float (&)[kBlockN / 2]>(s); }
 
@@ -386,8 +391,6 @@ struct Consumer {
     apply_softmax<Keys::kHidden>();
     pack_probabilities();
   }
-
-  __device__ int query_part() const { return Traits::kQueryParts > 1 ? consumer : 0; }
 
   // The queries are used up, unless their place serves the epilogue.
   __device__ void last_scores() {
