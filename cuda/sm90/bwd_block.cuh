@@ -47,8 +47,9 @@ struct HopperBwdTraits {
   static constexpr int kProducerRegisters = 32;
   static constexpr int kTermRegisters = kWideTerms ? 96 : kProductDims == 64 ? 64 : 80;
   static constexpr int kKeyRegisters = kWideTerms ? 192 : kProductDims == 64 ? 208 : 200;
-  using SurvivorExchange =
-      std::conditional_t<kDropout, typename WarpgroupSurvivors<kBlockN / 8>::Exchange, char>;
+  // As shared memory allows.
+  using Survivors = WarpgroupSurvivors<kBlockN / 8, /*kBuffers=*/kHeadDim == 128 ? 1 : 2>;
+  using SurvivorExchange = std::conditional_t<kDropout, typename Survivors::Exchange, char>;
   static constexpr int kMoreRegisters = kDropout ? 8 : 0;  // in a pair: for p, fewer for ds
 };
 

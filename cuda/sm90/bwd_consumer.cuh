@@ -32,7 +32,7 @@ struct KeyRows {
   float s[kBlockN / 2], dp[kBlockN / 2];
   uint32_t p[kBlockN / 4], ds[kBlockN / 4];
   uint32_t slope[Score::kHasSlope ? kBlockN / 4 : 1];  // p times the score's derivative
-  WarpgroupSurvivors<kBlockN / 8> survivors;           // unused without dropout, as are the seeds
+  typename Traits::Survivors survivors;                // unused without dropout, as are the seeds
   uint2 seeds;
 
   __device__ KeyRows(const HopperBwdParams& params, Storage& shared)

@@ -621,8 +621,8 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
 
   const int64_t blocks = std::min<int64_t>(sms, order.total);
-  const bool taken = p.q_start ? p.kv.len_kv > kAlikeKeys : worth_taking(order, blocks);
-  if (Traits::kMasked && taken && order.total > blocks) params.next_tile = p.next_tile;
+  const bool taken = worth_taking(p, order, Traits::kBlockM, blocks);
+  if (taken && order.total > blocks) params.next_tile = p.next_tile;
   const bool shares = p.min_len_q > 0 && !p.beside_previous;  // with a decode launch after it
   if (params.next_tile || shares) {
     error = cudaMemsetAsync(p.next_tile, 0, 2 * sizeof(int), stream);

@@ -88,7 +88,9 @@ struct Scheduler {
 
   __device__ int next(int i) {
     if (shared.in_turn) return i + shared.blocks;
-    while (ring.count - oldest.count >= HopperStorage<Traits>::kTilesTaken) settle();
+    using Storage = HopperStorage<Traits>;
+    const int most = params.order.longest_first ? Storage::kMaskedTilesTaken : Storage::kTilesTaken;
+    while (ring.count - oldest.count >= most) settle();
     int taken = 0;
     if (lane == 0) taken = atomicAdd(params.next_tile, 1);
     return shared.blocks + __shfl_sync(0xffffffff, taken, 0);
