@@ -228,11 +228,10 @@ constexpr int kAlikeKeys = 512;
 inline bool worth_taking(const AttentionParams& p, const HopperOrder& order, int tile_m,
                          int64_t blocks) {
   if (p.q_start) return p.kv.len_kv > kAlikeKeys;
-  if (order.longest_first) {
-    return order.tiles >= kTilesWorthTaking || (order.tiles > 1 && order.section * 8 < blocks * 7);
-  }
   const int64_t turns = order.total / blocks;
-  return order.tiles == 1 ? turns >= 12 : p.len_q % tile_m != 0 && turns >= 5;
+  if (order.tiles == 1) return turns >= 12;
+  if (!order.longest_first) return p.len_q % tile_m != 0 && turns >= 5;
+  return order.tiles >= kTilesWorthTaking || order.section * 8 < blocks * 7;
 }
 
 // Pairs of a section, whose keys and values fill L2 if they are not too few or too many for that:
