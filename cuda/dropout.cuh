@@ -62,8 +62,9 @@ struct Dropout {
     for (int first = 0; first < kCalls; first += kAtOnce) {
       uint4 calls[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
+      for (int i = 0; i < kAtOnce; ++i) {
         calls[i] = counter(threadIdx.x % 32, query0, key0 + (first + i) * 64);
+      }
       philox(calls, seeds);
 #pragma unroll
       for (int i = 0; i < kAtOnce * 16; ++i) {
