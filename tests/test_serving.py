@@ -70,11 +70,22 @@ def answer(request):
     return tokens
 
 
-def play(scheduler, seen=lambda step: None):
-    """Runs a scheduler; the answers in the order in which they were complete."""
+def play(scheduler, seen=lambda step: None, ahead=False):
+    """Runs a scheduler; the answers in the order in which they were complete.
+
+    `ahead`: each step is planned before the tokens of the last one are known.
+    """
     sizes, done, admitted = scheduler.sizes, [], set()
     pool = np.full((sizes.pages, sizes.page_size), -99)
-    while (step := scheduler.plan()) is not None:
+    following = None  # of the step before, where it is not known yet
+    while True:
+        step, previous, following = scheduler.plan(), following, None
+        if previous is not None:
+            done += scheduler.commit(previous)
+        if step is None:
+            if previous is None:
+                return done
+            continue
         seen(step)
         admitted |= set(scheduler.running)
         assert admitted == set(range(len(admitted)))
@@ -97,10 +108,15 @@ def play(scheduler, seen=lambda step: None):
             where = step.page_table[row, at // sizes.page_size], at % sizes.page_size
             assert where[0].min() >= 0
             new = slice(step.lengths[row], end)
-            pool[where[0][new], where[1][new]] = step.tokens[starts[row] : ends[row]]
+            tokens = step.tokens[starts[row] : ends[row]]
+            if tokens[0] < 0:
+                assert ahead and tokens.tolist() == [-1 - row]
+                tokens = previous[row]
+            pool[where[0][new], where[1][new]] = tokens
             following[row] = after(pool[where].tolist())
-        done += scheduler.commit(following)
-    return done
+        if not ahead:
+            done += scheduler.commit(following)
+            following = None
 
 
 requests_of = st.builds(
@@ -115,8 +131,9 @@ requests_of = st.builds(
     st.integers(1, 9),
     st.integers(1, 6),
     st.integers(0, 12),
+    st.booleans(),
 )
-def test_every_request_is_answered_once_as_if_alone(requests, rows, chunk, page_size, more):
+def test_every_request_is_answered_once_as_if_alone(requests, rows, chunk, page_size, more, ahead):
     requests = [dataclasses.replace(x, seed=i) for i, x in enumerate(requests)]
     most = max((x.pages(page_size) for x in requests), default=0)
     sizes = demo.Sizes.fit(requests, rows, chunk, page_size, most + more)
@@ -128,7 +145,7 @@ def test_every_request_is_answered_once_as_if_alone(requests, rows, chunk, page_
             cuts.setdefault(step.seeds[row], []).append(piece)
 
     scheduler = demo.Scheduler(requests, sizes, STOP)
-    done = play(scheduler, ft.partial(note, cuts))
+    done = play(scheduler, ft.partial(note, cuts), ahead)
     assert len(done) == len(requests) == scheduler.answered == scheduler.total
     assert dict(done) == {i: answer(x) for i, x in enumerate(requests)}
     assert scheduler.allocator.free == sizes.pages and scheduler.running == []
@@ -136,7 +153,7 @@ def test_every_request_is_answered_once_as_if_alone(requests, rows, chunk, page_
     assert scheduler.written == sum(len(tokens) for _, tokens in done)
     for i, request in enumerate(requests):
         alone = {}
-        play(demo.Scheduler([request], sizes, STOP), ft.partial(note, alone))
+        play(demo.Scheduler([request], sizes, STOP), ft.partial(note, alone), ahead)
         assert alone[i] == cuts[i]
 
 

@@ -112,7 +112,8 @@ class Step(NamedTuple):
     """What a step needs, all int32.
 
     Attributes:
-      tokens: `[rows + chunk]`: packed, row after row, then padding.
+      tokens: `[rows + chunk]`: packed, row after row, then padding. One below 0, `-1 - row`, is
+        the token that the step before gives that row.
       cu_seqlens: `[rows + 1]`: where each row's tokens begin.
       lengths: `[rows]`: tokens that each row has in the cache already.
       page_table: `[rows, max_pages]`; -1 for no page.
@@ -133,22 +134,33 @@ class _Row:
     index: int  # of the request
     request: Request
     pages: list[int]
-    cached: int = 0  # tokens in the cache
+    cached: int = 0  # tokens in the cache, those of planned steps too
     answer: list[int] = dataclasses.field(default_factory=list)
+    expected: int = 0  # tokens that planned steps give
+    left: bool = False
 
     @property
     def prefills(self):
         return self.cached < len(self.request.prompt)
 
-    def next_tokens(self, chunk):
+    @property
+    def ends(self):
+        """Whether planned steps give its last token, if it does not stop before."""
+        return self.expected > 0 and len(self.answer) + self.expected >= self.request.max_tokens
+
+    def next_tokens(self, slot, chunk):
         """The next chunk of the prompt, or the last token of the answer."""
         if self.prefills:
             return self.request.prompt[self.cached : self.cached + chunk]
-        return self.answer[-1:]
+        return [-1 - slot] if self.expected else self.answer[-1:]
 
 
 class Scheduler:
     """Decides who runs: `commit(run(plan()))` until `plan` gives None.
+
+    The next step may be planned before the tokens of the last one are known: a row that may go on
+    then brings the token that this gives it. If that stops its answer, what the next step gives it
+    counts nothing.
 
     Requests are admitted in order. One enters when a row is free, and the pages of its prompt and
     its longest answer are: a row that runs waits for no page, so rows never block each other. Rows
@@ -181,7 +193,8 @@ class Scheduler:
         self.answered = self.read = self.written = self.steps = 0
         self._waiting = collections.deque(enumerate(requests))
         self._rows = [None] * sizes.rows
-        self._planned = {}
+        # Of each step that was not committed: {slot: (row, prompt tokens read, gives one)}.
+        self._planned = collections.deque()
 
     @property
     def running(self):
@@ -189,28 +202,33 @@ class Scheduler:
         return [row.index for row in self._rows if row is not None]
 
     def plan(self):
-        """The next `Step`, or None when nothing is left to run."""
+        """The next `Step`, or None when nothing is left to run before the next `commit`."""
         self._admit()
-        if not self.running:
+        chosen = self._choose()
+        if not chosen:
             return None
-        self._planned = self._choose()
         sizes = self.sizes
         counts = np.zeros(sizes.rows, np.int32)
         lengths, seeds = np.zeros_like(counts), np.zeros_like(counts)
         table = np.full((sizes.rows, sizes.max_pages), -1, np.int32)
         packed = np.zeros(sizes.rows + sizes.chunk, np.int32)
-        end = 0
-        for slot, tokens in sorted(self._planned.items()):
+        end, planned = 0, {}
+        for slot, tokens in sorted(chosen.items()):
             row = self._rows[slot]
             packed[end : end + len(tokens)] = tokens
             end += len(tokens)
             counts[slot], lengths[slot] = len(tokens), row.cached
             table[slot, : len(row.pages)] = row.pages
             seeds[slot] = np.int64(row.request.seed).astype(np.int32)  # as jax.random.key does
+            read = len(tokens) if row.prefills else 0
+            row.cached += len(tokens)
+            row.expected += not row.prefills
+            planned[slot] = row, read, not row.prefills
+        self._planned.append(planned)
         return Step(packed, np.append(0, counts).cumsum(dtype=np.int32), lengths, table, seeds)
 
     def commit(self, tokens):
-        """Takes the token that followed each row in the step of the last `plan`.
+        """Takes the token that followed each row in the first planned step that has none yet.
 
         Args:
           tokens: int `[rows]`, of which those of rows in the middle of their prompt count nothing.
@@ -219,13 +237,11 @@ class Scheduler:
           The answers that are complete now: `[(index of the request, token ids)]`.
         """
         done = []
-        for slot, new in self._planned.items():
-            row = self._rows[slot]
-            if row.prefills:
-                self.read += len(new)
-            row.cached += len(new)
-            if row.prefills:
+        for slot, (row, read, gives) in self._planned.popleft().items():
+            self.read += read
+            if not gives or row.left:
                 continue
+            row.expected -= 1
             token = int(tokens[slot])
             if token != self.stop and row.request.max_tokens > 0:
                 row.answer.append(token)
@@ -233,14 +249,13 @@ class Scheduler:
             if token == self.stop or len(row.answer) >= row.request.max_tokens:
                 done.append((row.index, row.answer))
                 self._leave(slot)
-        self._planned = {}
         self.steps += 1
         self.answered += len(done)
         return done
 
     def cancel(self):
         """Ends the rows that run; their pages are free."""
-        self._planned = {}
+        self._planned.clear()
         for slot, row in enumerate(self._rows):
             if row is not None:
                 self._leave(slot)
@@ -261,7 +276,9 @@ class Scheduler:
         chosen, room = {}, self.sizes.chunk
         running = [(slot, row) for slot, row in enumerate(self._rows) if row is not None]
         for slot, row in sorted(running, key=lambda pair: pair[1].index):
-            tokens = row.next_tokens(self.sizes.chunk)
+            if row.ends:
+                continue
+            tokens = row.next_tokens(slot, self.sizes.chunk)
             if row.prefills:
                 if len(tokens) > room:
                     continue
@@ -271,4 +288,5 @@ class Scheduler:
 
     def _leave(self, slot):
         row, self._rows[slot] = self._rows[slot], None
+        row.left = True
         self.allocator.give_back(row.pages)

@@ -42,7 +42,7 @@ def create_requests(config, prompts, max_tokens, seed=0):
 
 
 @ft.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
-def serving_step(model, step, cache, *, sampling):
+def serving_step(model, step, cache, previous, *, sampling):
     """The token after each row's: `(int32 [rows], cache)`.
 
     Args:
@@ -50,10 +50,12 @@ def serving_step(model, step, cache, *, sampling):
       step: A `Step`; where a row brings a chunk that does not end its prompt, its token is
         arbitrary.
       cache: A `jax_fa.PagedKVCache`; donated.
+      previous: int32 `[rows]`: what the step before gave.
       sampling: A `Sampling`. A row's random numbers are those of a `Generation` of its seed.
     """
     cache = dataclasses.replace(cache, page_table=step.page_table, lengths=step.lengths)
-    logits, cache = model.extend_packed(step.tokens, step.cu_seqlens, cache, split_size=_SPLIT_SIZE)
+    tokens = jnp.where(step.tokens < 0, previous[-1 - step.tokens], step.tokens)
+    logits, cache = model.extend_packed(tokens, step.cu_seqlens, cache, split_size=_SPLIT_SIZE)
 
     def sample(logits, seed, length):
         return sampling(logits[None], jax.random.fold_in(jax.random.key(seed), length))[0]
@@ -100,7 +102,8 @@ class Serving:
         table = sizes.rows, sizes.max_pages
         step = Step(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in (*shapes, table, shapes[-1])))
         empty = jax.eval_shape(self._create_cache)
-        step = serving_step.lower(self._model, step, empty, sampling=self._sampling)
+        tokens = step.lengths
+        step = serving_step.lower(self._model, step, empty, tokens, sampling=self._sampling)
         self._step = step.compile()
 
     def generation(self, request):
@@ -118,12 +121,19 @@ class Serving:
     def run(self, scheduler):
         """Yields, after each step, the answers that it completed, as `Scheduler.commit`.
 
-        However it ends, all pages of the scheduler are free then.
+        The device has the next step before the host waits for the tokens of one. However it ends,
+        all pages of the scheduler are free then.
         """
-        cache = self._create_cache()
+        cache, running = self._create_cache(), None
+        tokens = jnp.zeros(self.sizes.rows, jnp.int32)
         try:
-            while (step := scheduler.plan()) is not None:
-                tokens, cache = self._step(self._model, step, cache)
-                yield scheduler.commit(np.asarray(tokens))
+            while True:
+                if (step := scheduler.plan()) is not None:
+                    tokens, cache = self._step(self._model, step, cache, tokens)
+                if running is not None:
+                    yield scheduler.commit(np.asarray(running))
+                elif step is None:
+                    return
+                running = None if step is None else tokens
         finally:
             scheduler.cancel()
