@@ -75,20 +75,20 @@ def play(scheduler, seen=lambda step: None, ahead=False):
 
     `ahead`: each step is planned before the tokens of the last one are known.
     """
-    sizes, done, admitted = scheduler.sizes, [], set()
+    sizes, done, steps = scheduler.sizes, [], 0
     pool = np.full((sizes.pages, sizes.page_size), -99)
     following = None  # of the step before, where it is not known yet
     while True:
         step, previous, following = scheduler.plan(), following, None
+        if step is None and not scheduler.awaits:
+            return done
         if previous is not None:
             done += scheduler.commit(previous)
+            steps += 1
+            assert scheduler.steps == steps
         if step is None:
-            if previous is None:
-                return done
             continue
         seen(step)
-        admitted |= set(scheduler.running)
-        assert admitted == set(range(len(admitted)))
         assert [x.shape for x in step] == [
             (sizes.rows + sizes.chunk,),
             (sizes.rows + 1,),
@@ -112,11 +112,12 @@ def play(scheduler, seen=lambda step: None, ahead=False):
             if tokens[0] < 0:
                 assert ahead and tokens.tolist() == [-1 - row]
                 tokens = previous[row]
+                assert tokens >= 0
             pool[where[0][new], where[1][new]] = tokens
             following[row] = after(pool[where].tolist())
         if not ahead:
             done += scheduler.commit(following)
-            following = None
+            steps, following = steps + 1, None
 
 
 requests_of = st.builds(
@@ -137,15 +138,20 @@ def test_every_request_is_answered_once_as_if_alone(requests, rows, chunk, page_
     requests = [dataclasses.replace(x, seed=i) for i, x in enumerate(requests)]
     most = max((x.pages(page_size) for x in requests), default=0)
     sizes = demo.Sizes.fit(requests, rows, chunk, page_size, most + more)
-    cuts = {}
+    cuts, admitted = {}, set()
 
     def note(cuts, step):
         for row in np.flatnonzero(np.diff(step.cu_seqlens)):
             piece = step.lengths[row], step.cu_seqlens[row + 1] - step.cu_seqlens[row]
             cuts.setdefault(step.seeds[row], []).append(piece)
 
+    def note_in_order(step):
+        note(cuts, step)
+        admitted.update(cuts, scheduler.running)
+        assert admitted == set(range(len(admitted)))
+
     scheduler = demo.Scheduler(requests, sizes, STOP)
-    done = play(scheduler, ft.partial(note, cuts), ahead)
+    done = play(scheduler, note_in_order, ahead)
     assert len(done) == len(requests) == scheduler.answered == scheduler.total
     assert dict(done) == {i: answer(x) for i, x in enumerate(requests)}
     assert scheduler.allocator.free == sizes.pages and scheduler.running == []
@@ -174,15 +180,40 @@ def test_rows_decode_while_a_prompt_is_read():
     assert counts[:5] == [[2, 0], [1, 8], [1, 8], [1, 4], [1, 1]]
 
 
-def test_cancelled_rows_give_their_pages_back():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_cancelled_rows_give_their_pages_back(ahead):
     requests = [demo.Request([1] * 9, 4)] * 5
     scheduler = demo.Scheduler(requests, demo.Sizes.fit(requests, 2, 4, 4))
     for _ in range(3):
         scheduler.plan()
         scheduler.commit([5, 5])
+    if ahead:
+        scheduler.plan()
     assert scheduler.allocator.free == 0
     scheduler.cancel()
     assert scheduler.allocator.free == scheduler.sizes.pages and scheduler.running == []
+    assert not scheduler.awaits
+    with pytest.raises(ValueError, match="must be planned before"):
+        scheduler.commit([5, 5])
+
+
+def test_a_row_that_ends_leaves_when_its_last_token_is_planned():
+    requests = [demo.Request([1], 1), demo.Request([2], 1)]
+    scheduler = demo.Scheduler(requests, demo.Sizes.fit(requests, 1, 1, 1))
+    assert [scheduler.plan().tokens[0] for _ in range(2)] == [1, 2]
+    assert scheduler.plan() is None and scheduler.awaits
+    assert [scheduler.commit([7]), scheduler.commit([8])] == [[(0, [7])], [(1, [8])]]
+    assert not scheduler.awaits
+
+
+def test_a_row_that_stops_leaves_its_place_while_a_step_of_it_runs():
+    requests = [demo.Request([1], 3), demo.Request([2], 1)]
+    scheduler = demo.Scheduler(requests, demo.Sizes.fit(requests, 1, 1, 4), STOP)
+    assert [scheduler.plan().tokens[0] for _ in range(2)] == [1, -1]
+    assert scheduler.commit([STOP]) == [(0, [])]
+    assert scheduler.plan().tokens[0] == 2
+    assert [scheduler.commit([5]), scheduler.commit([6])] == [[], [(1, [6])]]
+    assert scheduler.written == 1
 
 
 def test_requests_that_cannot_run_are_refused():
@@ -295,8 +326,23 @@ def test_answers_of_few_tokens():
     for few in (0, 1, 2):
         some = [dataclasses.replace(request, max_tokens=few) for request in requests]
         assert serve(serving, some) == [tokens[:few] for tokens in whole]
-    serving.stop = whole[0][0]
-    assert serve(serving, requests)[0] == []
+    stop = serving.stop = whole[0][0]
+    cut = [tokens[: (tokens + [stop]).index(stop)] for tokens in whole]
+    assert cut[0] == [] and serve(serving, requests) == cut
+
+
+def test_the_next_step_is_planned_before_the_tokens_of_one_are_known(monkeypatch):
+    events = []
+    for name in ("plan", "commit"):
+
+        def noted(self, *args, name=name, call=getattr(demo.Scheduler, name)):
+            events.append(name)
+            return call(self, *args)
+
+        monkeypatch.setattr(demo.Scheduler, name, noted)
+    requests = small_requests(4)[:1]
+    serve(demo.Serving(small_model(), demo.Sizes.fit(requests, 1, 16, 8)), requests)
+    assert events == ["plan"] + ["plan", "commit"] * 4 + ["plan"]
 
 
 def test_the_step_writes_the_cache_in_place():

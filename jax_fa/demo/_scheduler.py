@@ -136,38 +136,48 @@ class _Row:
     pages: list[int]
     cached: int = 0  # tokens in the cache, those of planned steps too
     answer: list[int] = dataclasses.field(default_factory=list)
-    expected: int = 0  # tokens that planned steps give
-    left: bool = False
+    expected: int = 0  # tokens that steps give which were planned, not committed
+    answered: bool = False
 
     @property
     def prefills(self):
         return self.cached < len(self.request.prompt)
 
     @property
-    def ends(self):
-        """Whether planned steps give its last token, if it does not stop before."""
+    def last_is_planned(self):
+        """Whether planned steps give the last token of the longest answer."""
         return self.expected > 0 and len(self.answer) + self.expected >= self.request.max_tokens
 
     def next_tokens(self, slot, chunk):
-        """The next chunk of the prompt, or the last token of the answer."""
+        """The next chunk of the prompt, or the last token of the answer, maybe as a reference."""
         if self.prefills:
             return self.request.prompt[self.cached : self.cached + chunk]
         return [-1 - slot] if self.expected else self.answer[-1:]
 
 
+class _Part(NamedTuple):
+    """Of a planned step: what a row has of it."""
+
+    row: _Row
+    read: int  # tokens of its prompt
+    gives: bool  # a token of its answer
+
+
 class Scheduler:
     """Decides who runs: `commit(run(plan()))` until `plan` gives None.
 
-    The next step may be planned before the tokens of the last one are known: a row that may go on
-    then brings the token that this gives it. If that stops its answer, what the next step gives it
-    counts nothing.
+    Steps may be planned before the tokens of the last one are known, until `plan` gives None and
+    `awaits` is False: a row that may go on then brings the token that the step before gives it. If
+    that stops its answer, what the next step gives it counts nothing. Each step must run and be
+    committed, in the order of their plans, over one cache.
 
     Requests are admitted in order. One enters when a row is free, and the pages of its prompt and
     its longest answer are: a row that runs waits for no page, so rows never block each other. Rows
     that decode bring one token to every step. Beside them prompts are read, in order of admission,
     in chunks that always begin at multiples of `chunk`: how a prompt is divided, on which the last
-    bits of its attention depend, does not depend on the other rows. An answered row leaves, and its
-    pages are free for the next step.
+    bits of its attention depend, does not depend on the other rows. A row whose answer ends leaves,
+    and its pages are free for the step that is planned next. Steps planned before may still write
+    them, but run before it, and a row reads only what it has written itself.
 
     Args:
       requests: `Request`s that `sizes` fit.
@@ -180,7 +190,7 @@ class Scheduler:
       answered: Those with an answer.
       read: Tokens of prompts so far.
       written: Tokens of answers so far.
-      steps: Steps so far.
+      steps: Steps committed so far.
     """
 
     def __init__(self, requests, sizes, stop=None):
@@ -193,13 +203,17 @@ class Scheduler:
         self.answered = self.read = self.written = self.steps = 0
         self._waiting = collections.deque(enumerate(requests))
         self._rows = [None] * sizes.rows
-        # Of each step that was not committed: {slot: (row, prompt tokens read, gives one)}.
-        self._planned = collections.deque()
+        self._planned = collections.deque()  # {slot: _Part} of each step that was not committed
 
     @property
     def running(self):
         """Indices of the requests that have pages."""
         return [row.index for row in self._rows if row is not None]
+
+    @property
+    def awaits(self):
+        """Whether tokens of a planned step count that was not committed."""
+        return any(not part.row.answered for step in self._planned for part in step.values())
 
     def plan(self):
         """The next `Step`, or None when nothing is left to run before the next `commit`."""
@@ -223,23 +237,30 @@ class Scheduler:
             read = len(tokens) if row.prefills else 0
             row.cached += len(tokens)
             row.expected += not row.prefills
-            planned[slot] = row, read, not row.prefills
+            planned[slot] = _Part(row, read, not row.prefills)
+            if row.last_is_planned:
+                self._leave(slot)
         self._planned.append(planned)
         return Step(packed, np.append(0, counts).cumsum(dtype=np.int32), lengths, table, seeds)
 
     def commit(self, tokens):
-        """Takes the token that followed each row in the first planned step that has none yet.
+        """Takes the tokens that the first planned step which was not committed gives its rows.
 
         Args:
           tokens: int `[rows]`, of which those of rows in the middle of their prompt count nothing.
 
         Returns:
           The answers that are complete now: `[(index of the request, token ids)]`.
+
+        Raises:
+          ValueError: if there is no such step.
         """
+        if not self._planned:
+            raise ValueError("a step must be planned before its tokens are committed")
         done = []
         for slot, (row, read, gives) in self._planned.popleft().items():
             self.read += read
-            if not gives or row.left:
+            if not gives or row.answered:
                 continue
             row.expected -= 1
             token = int(tokens[slot])
@@ -248,13 +269,15 @@ class Scheduler:
                 self.written += 1
             if token == self.stop or len(row.answer) >= row.request.max_tokens:
                 done.append((row.index, row.answer))
-                self._leave(slot)
+                row.answered = True
+                if self._rows[slot] is row:
+                    self._leave(slot)
         self.steps += 1
         self.answered += len(done)
         return done
 
     def cancel(self):
-        """Ends the rows that run; their pages are free."""
+        """Ends the rows that run; their pages are free. Steps not committed count nothing."""
         self._planned.clear()
         for slot, row in enumerate(self._rows):
             if row is not None:
@@ -276,8 +299,6 @@ class Scheduler:
         chosen, room = {}, self.sizes.chunk
         running = [(slot, row) for slot, row in enumerate(self._rows) if row is not None]
         for slot, row in sorted(running, key=lambda pair: pair[1].index):
-            if row.ends:
-                continue
             tokens = row.next_tokens(slot, self.sizes.chunk)
             if row.prefills:
                 if len(tokens) > room:
@@ -288,5 +309,4 @@ class Scheduler:
 
     def _leave(self, slot):
         row, self._rows[slot] = self._rows[slot], None
-        row.left = True
         self.allocator.give_back(row.pages)

@@ -50,7 +50,7 @@ def serving_step(model, step, cache, previous, *, sampling):
       step: A `Step`; where a row brings a chunk that does not end its prompt, its token is
         arbitrary.
       cache: A `jax_fa.PagedKVCache`; donated.
-      previous: int32 `[rows]`: what the step before gave.
+      previous: int32 `[rows]`: what the step before gave; any at the first.
       sampling: A `Sampling`. A row's random numbers are those of a `Generation` of its seed.
     """
     cache = dataclasses.replace(cache, page_table=step.page_table, lengths=step.lengths)
@@ -102,8 +102,8 @@ class Serving:
         table = sizes.rows, sizes.max_pages
         step = Step(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in (*shapes, table, shapes[-1])))
         empty = jax.eval_shape(self._create_cache)
-        tokens = step.lengths
-        step = serving_step.lower(self._model, step, empty, tokens, sampling=self._sampling)
+        previous = jax.ShapeDtypeStruct(shapes[-1], jnp.int32)
+        step = serving_step.lower(self._model, step, empty, previous, sampling=self._sampling)
         self._step = step.compile()
 
     def generation(self, request):
@@ -124,16 +124,14 @@ class Serving:
         The device has the next step before the host waits for the tokens of one. However it ends,
         all pages of the scheduler are free then.
         """
-        cache, running = self._create_cache(), None
-        tokens = jnp.zeros(self.sizes.rows, jnp.int32)
+        cache, tokens = self._create_cache(), jnp.zeros(self.sizes.rows, jnp.int32)
+        pending = None  # tokens of the step that was not committed
         try:
-            while True:
-                if (step := scheduler.plan()) is not None:
+            while (step := scheduler.plan()) is not None or scheduler.awaits:
+                if step is not None:
                     tokens, cache = self._step(self._model, step, cache, tokens)
-                if running is not None:
-                    yield scheduler.commit(np.asarray(running))
-                elif step is None:
-                    return
-                running = None if step is None else tokens
+                if pending is not None:
+                    yield scheduler.commit(np.asarray(pending))
+                pending = None if step is None else tokens
         finally:
             scheduler.cancel()
