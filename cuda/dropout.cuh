@@ -169,9 +169,8 @@ class WarpSurvivors : public Survivors<kMTiles, kNTiles> {
 };
 
 // Of 64 keys of a warpgroup, the rows, by up to 128 queries, on Hopper. Each warp draws for all
-// keys and a quarter of the queries, and they exchange bits through shared memory, in turn through
-// kBuffers of it. Two save a barrier: H200, bf16, head_dim 64, T = 8k, 0.5 % of forward and
-// backward.
+// keys and a quarter of the queries, and they exchange bits through shared memory. Two buffers for
+// them, used in turn, save a barrier: H200, bf16, head_dim 64, 16k, 0.5 % of forward and backward.
 template <int kNTiles, int kBuffers>
 class WarpgroupSurvivors : public Survivors<1, kNTiles> {
   using Base = Survivors<1, kNTiles>;
@@ -217,7 +216,7 @@ class WarpgroupSurvivors : public Survivors<1, kNTiles> {
     if constexpr (kBuffers == 1) {
       ptx::named_barrier_sync(barrier, 128);  // the last bits have been read
     } else {
-      buffer ^= 1;  // those of the last but one have been
+      buffer ^= 1;  // all have read what they drew before the last time
     }
 #pragma unroll
     for (int i = 0; i < kWords; ++i) sBits[buffer][i][warp][lane] = ptx::transpose(bits[i]);

@@ -75,18 +75,19 @@ def play(scheduler, seen=lambda step: None, ahead=False):
 
     `ahead`: each step is planned before the tokens of the last one are known.
     """
-    sizes, done, steps = scheduler.sizes, [], 0
+    sizes, done = scheduler.sizes, []
     pool = np.full((sizes.pages, sizes.page_size), -99)
-    following = None  # of the step before, where it is not known yet
+    following = None  # tokens of a step that was not committed
     while True:
-        step, previous, following = scheduler.plan(), following, None
+        if following is not None and not ahead:
+            done += scheduler.commit(following)
+        step, previous = scheduler.plan(), following
         if step is None and not scheduler.awaits:
             return done
-        if previous is not None:
-            done += scheduler.commit(previous)
-            steps += 1
-            assert scheduler.steps == steps
+        if following is not None and ahead:
+            done += scheduler.commit(following)
         if step is None:
+            following = None
             continue
         seen(step)
         assert [x.shape for x in step] == [
@@ -115,9 +116,6 @@ def play(scheduler, seen=lambda step: None, ahead=False):
                 assert tokens >= 0
             pool[where[0][new], where[1][new]] = tokens
             following[row] = after(pool[where].tolist())
-        if not ahead:
-            done += scheduler.commit(following)
-            steps, following = steps + 1, None
 
 
 requests_of = st.builds(
@@ -138,7 +136,7 @@ def test_every_request_is_answered_once_as_if_alone(requests, rows, chunk, page_
     requests = [dataclasses.replace(x, seed=i) for i, x in enumerate(requests)]
     most = max((x.pages(page_size) for x in requests), default=0)
     sizes = demo.Sizes.fit(requests, rows, chunk, page_size, most + more)
-    cuts, admitted = {}, set()
+    cuts, admitted, steps = {}, set(), []
 
     def note(cuts, step):
         for row in np.flatnonzero(np.diff(step.cu_seqlens)):
@@ -147,6 +145,7 @@ def test_every_request_is_answered_once_as_if_alone(requests, rows, chunk, page_
 
     def note_in_order(step):
         note(cuts, step)
+        steps.append(step)
         admitted.update(cuts, scheduler.running)
         assert admitted == set(range(len(admitted)))
 
@@ -155,6 +154,7 @@ def test_every_request_is_answered_once_as_if_alone(requests, rows, chunk, page_
     assert len(done) == len(requests) == scheduler.answered == scheduler.total
     assert dict(done) == {i: answer(x) for i, x in enumerate(requests)}
     assert scheduler.allocator.free == sizes.pages and scheduler.running == []
+    assert ahead or scheduler.steps == len(steps)
     assert scheduler.read == sum(len(x.prompt) for x in requests)
     assert scheduler.written == sum(len(tokens) for _, tokens in done)
     for i, request in enumerate(requests):

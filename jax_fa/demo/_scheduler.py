@@ -212,7 +212,7 @@ class Scheduler:
 
     @property
     def awaits(self):
-        """Whether tokens of a planned step count that was not committed."""
+        """Whether a step that was planned, not committed, still counts for some row."""
         return any(not part.row.answered for step in self._planned for part in step.values())
 
     def plan(self):
@@ -236,8 +236,9 @@ class Scheduler:
             seeds[slot] = np.int64(row.request.seed).astype(np.int32)  # as jax.random.key does
             read = len(tokens) if row.prefills else 0
             row.cached += len(tokens)
-            row.expected += not row.prefills
-            planned[slot] = _Part(row, read, not row.prefills)
+            gives = not row.prefills
+            row.expected += gives
+            planned[slot] = _Part(row, read, gives)
             if row.last_is_planned:
                 self._leave(slot)
         self._planned.append(planned)
