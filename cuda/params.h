@@ -181,12 +181,15 @@ cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stre
 template <int kHeadDim, DType kDType>
 cudaError_t launch_bwd_sm90(const BackwardParams& params, cudaStream_t stream);
 
-// cuda/decode/decode.cu: few queries a row over a long cache, keys split over blocks.
-// launch_combine merges the parts of packed rows, which launch_decode leaves to it.
+// cuda/decode: few queries a row over a long cache, keys split over blocks. launch_combine merges
+// the parts of packed rows, which launch_decode leaves to it.
 template <int kHeadDim, DType kDType>
 cudaError_t launch_decode(const AttentionParams& params, const SplitScratch& scratch,
                           cudaStream_t stream);
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
+cudaError_t launch_decode_bytes(const AttentionParams& params, const SplitScratch& scratch,
+                                cudaStream_t stream);
+template <int kHeadDim>
 cudaError_t launch_combine(const AttentionParams& params, const SplitScratch& scratch,
                            cudaStream_t stream);
 

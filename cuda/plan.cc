@@ -145,7 +145,7 @@ cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStrea
     if (status == cudaSuccess) status = launch_decode<kDim, kDType>(decode, scratch, stream);
     if (status == cudaSuccess && !prefill_first) status = run_prefill();
     if (status != cudaSuccess || scratch.whole_rows) return status;
-    return launch_combine<kDim, kDType>(decode, scratch, stream);
+    return launch_combine<kDim>(decode, scratch, stream);
   });
 }
 

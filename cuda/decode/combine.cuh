@@ -11,7 +11,7 @@
 namespace jax_fa::decode {
 
 // Four dims of one output row, and with the first of them its lse. `lse` is without the sink.
-template <DType kDType, bool kPacked>
+template <bool kPacked>
 __device__ void store_row(const AttentionParams& p, const Row<kPacked>& row, int token, int head,
                           int dim, float4 o, float lse) {
   if (p.sinks) {
@@ -26,7 +26,7 @@ __device__ void store_row(const AttentionParams& p, const Row<kPacked>& row, int
   }
   const int64_t index = (row.token0 + token) * p.heads_q + head;
   *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.o) + index * p.head_dim_v + dim) = {
-      pack<kDType>(o.x, o.y), pack<kDType>(o.z, o.w)};
+      pack(p.dtype, o.x, o.y), pack(p.dtype, o.z, o.w)};
   if (dim == 0 && p.lse) p.lse[row.lse_offset(p, token, head)] = lse;
 }
 
@@ -68,7 +68,7 @@ __device__ inline float warp_sum(float x) {
 
 // A block merges rows of the output, one at a time: kLanes threads span its dims, four each, and
 // kParts such groups take the splits in turn. Or each of its warps merges one with few splits.
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
 struct Combine {
   static constexpr int kLanes = kHeadDim / 4, kParts = 8, kThreads = kLanes * kParts;
   static constexpr int kFew = 32;  // splits: a lane for the weight of each
@@ -125,7 +125,7 @@ struct Combine {
         if (w != 0.f && dim < p.head_dim_v) add(o, w, partials, part, dim);
       }
       if (dim < p.head_dim_v) {
-        store_row<kDType>(p, row, token, head, dim, o, sum == 0.f ? -INFINITY : top + __logf(sum));
+        store_row(p, row, token, head, dim, o, sum == 0.f ? -INFINITY : top + __logf(sum));
       }
     }
   }
@@ -160,16 +160,16 @@ struct Combine {
         const float4 x = shared.o[i][lane];
         o = {o.x + x.x, o.y + x.y, o.z + x.z, o.w + x.w};
       }
-      store_row<kDType>(p, row, token, head, dim, o, shared.lse);
+      store_row(p, row, token, head, dim, o, shared.lse);
     }
   }
 };
 
 // Dense queries: a block for each row of the output, or where there are many in few splits, a warp.
-template <int kHeadDim, DType kDType, bool kWarps>
-__global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
+template <int kHeadDim, bool kWarps>
+__global__ void __launch_bounds__(Combine<kHeadDim>::kThreads)
     combine_kernel(const AttentionParams p, const SplitScratch scratch) {
-  using T = Combine<kHeadDim, kDType>;
+  using T = Combine<kHeadDim>;
   __shared__ typename T::Shared shared;
   ptx::wait_for_previous_grid();
   const int i = kWarps ? (blockIdx.x * T::kThreads + threadIdx.x) / 32 : blockIdx.x;
@@ -187,12 +187,12 @@ __global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads)
 
 // Packed rows: as many blocks as run at once take the heads of rows in several parts, a warp for
 // those in few of them.
-template <int kHeadDim, DType kDType>
-__global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads, 1)
+template <int kHeadDim>
+__global__ void __launch_bounds__(Combine<kHeadDim>::kThreads, 1)
     packed_combine_kernel(const AttentionParams p, const SplitScratch scratch) {
-  __shared__ typename Combine<kHeadDim, kDType>::Shared shared;
+  __shared__ typename Combine<kHeadDim>::Shared shared;
   ptx::wait_for_previous_grid();
-  using T = Combine<kHeadDim, kDType>;
+  using T = Combine<kHeadDim>;
   const T combine{p, scratch, shared};
   const auto [most_parts, columns] = scratch.rows[p.batch];
   // calls merge(partials, row, token, head) for rows in more than `above`, up to `most` parts
@@ -222,10 +222,10 @@ __global__ void __launch_bounds__(Combine<kHeadDim, kDType>::kThreads, 1)
 
 namespace jax_fa {
 
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
 cudaError_t launch_combine(const AttentionParams& p, const SplitScratch& scratch,
                            cudaStream_t stream) {
-  using T = decode::Combine<kHeadDim, kDType>;
+  using T = decode::Combine<kHeadDim>;
   constexpr int kBlocks = 1024;  // what an H200 holds at once
   const int rows = (p.q_start ? p.batch : p.total_q) * p.heads_q;
   const auto run = [&](auto kernel, int blocks) {
@@ -233,13 +233,13 @@ cudaError_t launch_combine(const AttentionParams& p, const SplitScratch& scratch
                   scratch);
   };
   if (p.q_start) {
-    return run(decode::packed_combine_kernel<kHeadDim, kDType>, std::min(rows, kBlocks));
+    return run(decode::packed_combine_kernel<kHeadDim>, std::min(rows, kBlocks));
   }
   if (rows <= kBlocks || scratch.splits > T::kFew) {
-    return run(decode::combine_kernel<kHeadDim, kDType, false>, rows);
+    return run(decode::combine_kernel<kHeadDim, false>, rows);
   }
   constexpr int kWarps = T::kThreads / 32;
-  return run(decode::combine_kernel<kHeadDim, kDType, true>, (rows + kWarps - 1) / kWarps);
+  return run(decode::combine_kernel<kHeadDim, true>, (rows + kWarps - 1) / kWarps);
 }
 
 }  // namespace jax_fa

@@ -21,6 +21,10 @@ __device__ __forceinline__ uint32_t pack(float lo, float hi) {
   return kDType == DType::kBF16 ? ptx::pack_bf16(lo, hi) : ptx::pack_f16(lo, hi);
 }
 
+__device__ __forceinline__ uint32_t pack(DType dtype, float lo, float hi) {
+  return dtype == DType::kBF16 ? ptx::pack_bf16(lo, hi) : ptx::pack_f16(lo, hi);
+}
+
 template <DType kDType>
 __device__ __forceinline__ float2 unpack(uint32_t x) {
   if constexpr (kDType == DType::kBF16) {
@@ -79,6 +83,7 @@ __device__ __forceinline__ uint32_t interleave(uint32_t x, uint32_t y, int i) {
 
 // What all formats offer:
 //   kMma            what their values become, and so what queries and probabilities must be
+//   kAnyQueries     whether queries may be of another type than that, known at run time
 //   kTokenScale     may have a scale for a row, which multiplies scores and probabilities
 //   kGroupScale     may have scales for groups of dims, which multiply elements
 //   kGroupShare     as halves, which leave the row's magnitude to a scale for the row
@@ -96,6 +101,7 @@ struct alignas(kSize) Bytes {
 template <DType kDType>
 struct Float16 {
   static constexpr DType kMma = kDType;
+  static constexpr bool kAnyQueries = false;
   static constexpr bool kTokenScale = false, kGroupScale = false, kGroupShare = false;
   static constexpr float kUnit = 1.f;
   static constexpr int kBytes = 16, kElements = 8, kCopyBytes = 16;
@@ -119,6 +125,7 @@ struct Float16 {
 template <DType kDType, int kLaneBytes>
 struct Byte {
   static constexpr DType kMma = DType::kF16;
+  static constexpr bool kAnyQueries = true;
   static constexpr bool kTokenScale = true, kGroupScale = false, kGroupShare = false;
   static constexpr float kUnit = 1.f;
   static constexpr int kBytes = kLaneBytes, kElements = kLaneBytes, kCopyBytes = 16;
@@ -147,6 +154,7 @@ struct Byte {
 template <DType kDType, int kLaneBytes>
 struct GroupedByte {
   static constexpr DType kMma = DType::kF16;
+  static constexpr bool kAnyQueries = true;
   static constexpr bool kTokenScale = true, kGroupScale = true, kGroupShare = true;
   static constexpr int kBytes = kLaneBytes, kElements = kLaneBytes, kCopyBytes = 16;
 
@@ -193,6 +201,7 @@ struct GroupedByte {
 template <DType kDType>
 struct AnyByte {
   static constexpr DType kMma = kDType;
+  static constexpr bool kAnyQueries = false;
   static constexpr bool kTokenScale = true, kGroupScale = true, kGroupShare = false;
   static constexpr float kUnit = 1.f;
   static constexpr int kBytes = 8, kElements = 8, kCopyBytes = 8;

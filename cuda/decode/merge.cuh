@@ -41,10 +41,11 @@ struct Merger {
   const Row<kPacked>& row;
   const Task<kPacked>& task;
 
-  // f(column, four of its dims), each by a thread
+  // f(column, four of its dims), each by a thread. Not unrolled: all that f does is three times in
+  // a kernel's code, which takes a fifth longer to compile otherwise.
   template <class F>
   __device__ void for_columns(F f) const {
-#pragma unroll T::kWide || T::kHeadDim == 96 ? 1 : 4  // 96: more would spill
+#pragma unroll 1
     for (int i = threadIdx.x; i < T::kColumns * kVectors; i += T::kThreads) {
       const int column = i / kVectors, dim = i % kVectors * 4;
       if (smem.columns[column].token >= 0 && dim < p.head_dim_v) f(column, dim);
@@ -79,7 +80,7 @@ struct Merger {
     const float inverse = x.sum == 0.f ? 0.f : ptx::rcp(x.sum);
     const float4 o = {x.o.x * inverse, x.o.y * inverse, x.o.z * inverse, x.o.w * inverse};
     if (whole) {
-      store_row<T::kDType>(p, row, column.token, column.head, dim, o, lse);
+      store_row(p, row, column.token, column.head, dim, o, lse);
     } else {
       const int64_t token = int64_t(task.part) * p.total_q + row.token0 + column.token;
       store_partial(

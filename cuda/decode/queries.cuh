@@ -43,7 +43,7 @@ struct QueryLoader {
     }
   }
 
-  __device__ void store(typename T::Shared& smem) const {
+  __device__ void store(typename T::Shared& smem, DType dtype) const {
     using Format = typename T::KeyFormat;
     uint2* const sQ = &smem.q[0][0][0];
     if (warp_of(0) < 0) return;
@@ -51,8 +51,8 @@ struct QueryLoader {
     for (int v = 0; v < kVectors; ++v) {
       const int i = warp_of(v) * 32 + threadIdx.x % 32;
       uint2 x = rQ[v];
-      if constexpr (Format::kMma != T::kDType) {
-        const float2 lo = unpack<T::kDType>(x.x), hi = unpack<T::kDType>(x.y);
+      if (Format::kAnyQueries && dtype == DType::kBF16) {
+        const float2 lo = unpack<DType::kBF16>(x.x), hi = unpack<DType::kBF16>(x.y);
         x = {pack<Format::kMma>(lo.x, lo.y), pack<Format::kMma>(hi.x, hi.y)};
       }
       if (kLanes % (kWarps * 32) == 0 || i < kLanes) sQ[i] = x;

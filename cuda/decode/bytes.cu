@@ -1,0 +1,37 @@
+// Decode over 8-bit caches, and the merge of splits: for queries of either type, as products are of
+// halves.
+#include "decode/kernel.cuh"
+
+namespace jax_fa {
+
+template <int kHeadDim>
+cudaError_t launch_decode_bytes(const AttentionParams& p, const SplitScratch& scratch,
+                                cudaStream_t stream) {
+  using namespace decode;
+  // of a lane's vector: wide where that leaves no lane of a row without work
+  constexpr int kBytes = kHeadDim % 128 == 0 ? 16 : 8;
+  const auto run = [&]<DType kCache>() {
+    using Format = Byte<kCache, kBytes>;
+    using Grouped = GroupedByte<kCache, kBytes>;
+    return p.k.groups <= 1 && p.v.groups <= 1
+               ? launch_columns<kHeadDim, Format, Format>(p, scratch, stream)
+               : launch_columns<kHeadDim, Grouped, Grouped>(p, scratch, stream);
+  };
+  switch (p.k.dtype) {
+    case DType::kInt8:
+      return run.template operator()<DType::kInt8>();
+    case DType::kE4M3:
+      return run.template operator()<DType::kE4M3>();
+    case DType::kE5M2:
+      return run.template operator()<DType::kE5M2>();
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template cudaError_t launch_decode_bytes<JAX_FA_HEAD_DIM>(const AttentionParams&,
+                                                          const SplitScratch&, cudaStream_t);
+template cudaError_t launch_combine<JAX_FA_HEAD_DIM>(const AttentionParams&, const SplitScratch&,
+                                                     cudaStream_t);
+
+}  // namespace jax_fa
