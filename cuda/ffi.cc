@@ -643,18 +643,18 @@ NB_MODULE(_jax_fa, m) {
       "plan",
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
          int heads_q, int heads_kv, int head_dim, int head_dim_v, int element_bytes, int kv_bytes,
-         bool general, bool bias, bool masked, double dropout_rate, bool grouped, bool e4m3_keys,
+         bool general, bool bias, bool masked, double dropout_rate, bool grouped, bool fp8_keys,
          int page_size, int capability, int sms, bool exact, int shared_kb) {
         return to_dict(plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv,
                                head_dim, head_dim_v, element_bytes, kv_bytes,
-                               {general, bias, masked, dropout_rate, grouped, e4m3_keys, page_size,
+                               {general, bias, masked, dropout_rate, grouped, fp8_keys, page_size,
                                 capability, sms, exact, shared_kb}));
       },
       nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
       nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
       nb::arg("head_dim_v"), nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"),
       nb::arg("bias"), nb::arg("masked"), nb::arg("dropout_rate"), nb::arg("grouped"),
-      nb::arg("e4m3_keys"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"),
+      nb::arg("fp8_keys"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"),
       nb::arg("exact"), nb::arg("shared_kb"));
   m.def(
       "plan_backward",

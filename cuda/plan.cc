@@ -351,7 +351,7 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.dtype = dtype;
   p.k.dtype = kv_bytes <= 1 ? DType::kInt8 : dtype;
   p.v.dtype = kv_bytes == 1 ? DType::kInt8 : dtype;
-  if (options.e4m3_keys) {
+  if (options.fp8_keys) {
     p.dtype = DType::kBF16;
     p.k.dtype = DType::kE4M3;
   }

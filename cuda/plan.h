@@ -38,7 +38,7 @@ struct PlanOptions {
   bool general, bias, masked;  // scores beyond a scale, a dense bias, a window or causal
   double dropout_rate;         // 0: none
   bool grouped;                // decode: elements of a key have several scales
-  bool e4m3_keys;  // prefill of bfloat16: keys of e4m3 and values suit products with bytes
+  bool fp8_keys;   // prefill of bfloat16: keys of fp8 and values suit products with bytes
   int page_size;   // 0: contiguous keys
   int capability;  // of the device, 10 * major + minor
   int64_t sms;

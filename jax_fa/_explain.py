@@ -13,7 +13,7 @@ from ._lowering import (
     cache_length,
     decode_key_bytes,
     decodes,
-    has_e4m3_keys,
+    has_fp8_keys,
     has_groups,
     prefill_key_bytes,
 )
@@ -217,7 +217,7 @@ def _plan_shape(name, x, static):
         "exact": static["exact"],
         "dropout_rate": static.get("dropout_rate", 0.0),
         "grouped": False,
-        "e4m3_keys": has_e4m3_keys(x),
+        "fp8_keys": has_fp8_keys(x),
         "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
     }
     if name == "jax_fa_fwd":

@@ -83,7 +83,7 @@ def plan(
     masked: bool,
     dropout_rate: float,
     grouped: bool,
-    e4m3_keys: bool,
+    fp8_keys: bool,
     page_size: int,
     capability: int,
     sms: int,

@@ -218,12 +218,11 @@ def has_groups(operands):
     return any(operands[name].shape[-1] > 1 for name in ("k_scale", "v_scale"))
 
 
-def has_e4m3_keys(operands):
+def has_fp8_keys(operands):
     """Whether Hopper's prefill kernel may multiply keys as they are stored (cuda/sm90/tiles.h)."""
-    q, k, v = (operands[name].dtype.name for name in "qkv")
-    scaled = operands["v_scale"].shape != (0,)
-    suits = not (v == "float8_e5m2" and scaled) and operands["v"].dtype.itemsize == 1
-    return (q, k) == ("bfloat16", "float8_e4m3fn") and suits and not has_groups(operands)
+    q, k, v = (operands[name].dtype for name in "qkv")
+    suits = k.name.startswith("float8") and v.itemsize == 1 and not has_groups(operands)
+    return q.name == "bfloat16" and suits
 
 
 def _have_whole_groups(operands):

@@ -109,9 +109,10 @@ def test_hybrid_over_quantized_keys(dtype, granularity, size, kind, page, layers
 
 @pytest.mark.parametrize("page", [16, 24, 128])
 @pytest.mark.parametrize("granularity", [None, "head"])
-def test_hybrid_over_keys_that_stay_bytes(granularity, page, rng):
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_hybrid_over_keys_that_stay_bytes(dtype, granularity, page, rng):
     cache, wide, maps = filled(
-        rng, "paged", 9, 500, 2, 128, "float8_e4m3fn", granularity, page=page, layers=2
+        rng, "paged", 9, 500, 2, 128, dtype, granularity, page=page, layers=2
     )
     q = cases.normal(rng, 300, 8, 128, dtype=jnp.bfloat16)
     cu, lengths = random_mix(rng, 9, 300, 500)

@@ -99,22 +99,23 @@ def test_varlen_over_quantized_keys(q_dtype, head_dim, dtype, granularity, size,
     )  # fmt: skip
 
 
-# --- keys that products take as they are stored: e4m3, beside bfloat16 queries of 128 dims ---
+# --- keys that products take as they are stored: fp8, beside bfloat16 queries of 128 dims ---
 
 VALUES = [
     ("float8_e4m3fn", None, None), ("float8_e4m3fn", "head", None), ("float8_e5m2", None, None),
-    ("int8", "token", None),
+    ("float8_e5m2", "head", None), ("int8", "token", None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("v_format", VALUES, ids=str)
 @pytest.mark.parametrize("k_granularity", [None, "head", "tensor"])
+@pytest.mark.parametrize("k_dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("head_dim", [112, 128])
-def test_dense_over_keys_that_stay_bytes(head_dim, k_granularity, v_format, rng):
+def test_dense_over_keys_that_stay_bytes(head_dim, k_dtype, k_granularity, v_format, rng):
     shape = cases.Shape(3, 217, 439, 6, 2, head_dim)
     options = cases.options_of(("causal", "kv_lengths", "sinks"), rng, shape)
     q, k, v = cases.qkv(rng, shape, jnp.bfloat16)
-    kq, vq = jax_fa.quantize(k, "float8_e4m3fn", k_granularity), jax_fa.quantize(v, *v_format)
+    kq, vq = jax_fa.quantize(k, k_dtype, k_granularity), jax_fa.quantize(v, *v_format)
     if v_format[0] == "int8":
         values = vq.values.at[:, ::3, :, ::5].set(-128)
         vq = dataclasses.replace(vq, values=values)
@@ -158,7 +159,7 @@ def test_queries_that_are_zero_or_not_finite(rng):
     same_bits((out, bad_lse), (clean, lse))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
 def test_scales_of_values_that_leap(dtype, rng):
     """Queries that see values of one size alone are as exact as if all were of that size."""
     steps = np.repeat(np.array([0, -20, 15, -40, 70, -8, 90]), 128)

@@ -61,9 +61,12 @@ def test_sanitize_caches(dtype, kind, rng):
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("granularity", [None, "head"])
-@pytest.mark.parametrize("kind", ["contiguous", "paged"])
-def test_sanitize_keys_that_stay_bytes(kind, granularity, rng):
-    cache, wide, maps = filled(rng, kind, 2, 300, 1, 128, "float8_e4m3fn", granularity)
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [("contiguous", "float8_e4m3fn"), ("paged", "float8_e4m3fn"), ("paged", "float8_e5m2")],
+)
+def test_sanitize_keys_that_stay_bytes(kind, dtype, granularity, rng):
+    cache, wide, maps = filled(rng, kind, 2, 300, 1, 128, dtype, granularity)
     lengths, cu = np.array([300, 141], np.int32), cases.cu_seqlens([70, 20])
     q = cases.normal(rng, 90, 2, 128, dtype=jnp.bfloat16)
     actual = jax_fa.hybrid_attention(q, *cache, cu, lengths, return_lse=True, **maps)

@@ -215,7 +215,8 @@ def test_hopper_takes_prefill_over_quantized_keys(dtypes, head_dim, group, page,
     [
         ("bfloat16", (("float8_e4m3fn", None), ("float8_e4m3fn", "head")), {}, True),
         ("bfloat16", (("float8_e4m3fn", "head"), ("int8", "token")), {"causal": True}, True),
-        ("bfloat16", (("float8_e4m3fn", "head"), ("float8_e5m2", "head")), {}, False),
+        ("bfloat16", (("float8_e4m3fn", "head"), ("float8_e5m2", "head")), {}, True),
+        ("bfloat16", (("float8_e5m2", None), ("float8_e4m3fn", "head")), {}, True),
         ("bfloat16", (("float8_e4m3fn", "head"), ("float8_e4m3fn", "group")), {}, False),
         ("bfloat16", (("float8_e4m3fn", "head"),) * 2, {"softcap": 9.0}, False),
         ("bfloat16", (("int8", "head"),) * 2, {}, False),
@@ -223,7 +224,7 @@ def test_hopper_takes_prefill_over_quantized_keys(dtypes, head_dim, group, page,
     ],
     ids=str,
 )
-def test_hopper_multiplies_keys_of_e4m3_as_they_are(q_dtype, formats, options, bytes_stay):
+def test_hopper_multiplies_keys_of_fp8_as_they_are(q_dtype, formats, options, bytes_stay):
     q, x = (jax.ShapeDtypeStruct((2, 256, n, 128), q_dtype) for n in (8, 2))
 
     def prefill(q, *keys):

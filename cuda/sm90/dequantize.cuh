@@ -179,8 +179,10 @@ struct ScaleLoader {
     }
     most = __reduce_max_sync(0xffffffff, most);
     if (most > 0) {
-      const int limit = p.v.dtype == DType::kInt8 ? 7 : 6, e = most - 127;
-      if (e - unit > limit || e - unit < limit - 14) unit = max(e - limit + 3, least_unit);
+      const bool e5m2 = p.v.dtype == DType::kE5M2;
+      const int limit = e5m2 ? -1 : p.v.dtype == DType::kInt8 ? 7 : 6, e = most - 127;
+      const int least = limit - (e5m2 ? 12 : 14);
+      if (e - unit > limit || e - unit < least) unit = max(e - limit + 3, least_unit);
       least_unit = max(least_unit, unit - 60);
     }
     const float inverse = power_of_two(-unit);
@@ -365,11 +367,11 @@ struct Dequantizer {
     if (x.dtype == DType::kInt8) {
       widen<WidenToHalves<DType::kInt8, true>>(sBytes, sWide, scale);
     } else if (x.dtype == DType::kE5M2) {
-      widen<WidenToHalves<DType::kE5M2, false>>(sBytes, sWide, [](int) { return 0u; });
-    } else if (x.scale) {
-      widen<WidenToHalves<DType::kE4M3, true>>(sBytes, sWide, scale);
+      x.scale ? widen<WidenToHalves<DType::kE5M2, true>>(sBytes, sWide, scale)
+              : widen<WidenToHalves<DType::kE5M2, false>>(sBytes, sWide, [](int) { return 0u; });
     } else {
-      widen<WidenToHalves<DType::kE4M3, false>>(sBytes, sWide, [](int) { return 0u; });
+      x.scale ? widen<WidenToHalves<DType::kE4M3, true>>(sBytes, sWide, scale)
+              : widen<WidenToHalves<DType::kE4M3, false>>(sBytes, sWide, [](int) { return 0u; });
     }
   }
 

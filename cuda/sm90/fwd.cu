@@ -128,7 +128,10 @@ struct Consumer {
   }
 
   __device__ void start_qk() {
-    if constexpr (Traits::kBytes) return start_byte_qk();
+    if constexpr (Traits::kBytes) {
+      return params.k.dtype == DType::kE5M2 ? start_byte_qk<DType::kE5M2>()
+                                            : start_byte_qk<DType::kE4M3>();
+    }
     uint64_t q = panel_descriptor<Traits::kPanel>(shared.q[q_ring.at()][0][consumer * 64]);
     if constexpr (Traits::kQuantized) pin(q);  // no registers for all that it leads to
     const PanelStrides strides = strides_of(hopper.k_strides);
@@ -147,6 +150,7 @@ struct Consumer {
   }
 
   // Of both parts of queries, the lower before the sums have grown.
+  template <DType kKeys>
   __device__ void start_byte_qk() {
     constexpr int kPart = sizeof(shared.q[0][0]) / 16;
     const uint64_t q = panel_descriptor<64>(shared.q[q_ring.at()][0][consumer * 64]);
@@ -156,7 +160,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < 2 * kHeadDim / 32; ++i) {
       const int lower = i < kHeadDim / 32, step = i % (kHeadDim / 32) * 2;
-      wgmma_e4m3(scores(), advanced(q, lower * kPart + step), advanced(k, step), i > 0);
+      wgmma_e4m3<kKeys>(scores(), advanced(q, lower * kPart + step), advanced(k, step), i > 0);
     }
     ptx::wgmma_commit();
   }

@@ -1,6 +1,6 @@
-// Queries beside keys of e4m3 that products take as they are stored: sums of two numbers of e4m3,
-// in units of the row, in which its largest element is below 2^8. So they have the 8 digits of
-// bfloat16 down to 2^-9 of the largest, and are off by at most 2^-18 of that below.
+// Queries beside keys that products take as they are stored: sums of two numbers of e4m3, in units
+// of the row, in which its largest element is below 2^8. So they have the 8 digits of bfloat16 down
+// to 2^-9 of the largest, and are off by at most 2^-18 of that below.
 #pragma once
 
 #include "../decode/fragments.cuh"

@@ -52,7 +52,7 @@ struct HopperTile {
 // load and store without arithmetic 1.22; with one warpgroup of them and n = 128: 1.20, 1.05, 1.05
 // and 1.19.
 //
-// Keys of e4m3 that products take as they are (kBytes) leave dequantizers the values, as halves:
+// Keys of fp8 that products take as they are (kBytes) leave dequantizers the values, as halves:
 // the same without scales 1.09 (1.29 on the tile of kQuantized), with those of rows 1.31 (1.48).
 // One buffer of queries and four of bytes: 1.10 and 1.32. What is left is a warpgroup's own chain
 // from scores to probabilities, at whose side dequantizers issue: products of two parts of 8 bits
@@ -149,14 +149,15 @@ inline int fwd_sm90_dim_v(const AttentionParams& p, int head_dim_tile) {
   return narrow && !fwd_sm80_quantized(p) ? kFwdNarrowValues : head_dim_tile;
 }
 
-// Whether products take keys as they are, at the one width and in the one format that this is
-// compiled for. Queries become sums of two numbers of their format, which hold the digits of
-// bfloat16. Scales must be those of whole rows, and values times them halves.
+// Whether products take keys as they are, at the one width that this is compiled for. Queries
+// become sums of two numbers of e4m3, which hold the digits of bfloat16. Scales must be those of
+// whole rows, and values times them halves.
 constexpr int kFwdDimOfBytes = 128;
 
 inline bool fwd_sm90_multiplies_bytes(const AttentionParams& p, int head_dim_tile) {
-  return head_dim_tile == kFwdDimOfBytes && p.dtype == DType::kBF16 && p.k.dtype == DType::kE4M3 &&
-         p.k.groups <= 1 && p.v.groups <= 1 && !(p.v.scale && p.v.dtype == DType::kE5M2);
+  return head_dim_tile == kFwdDimOfBytes && p.dtype == DType::kBF16 &&
+         (p.k.dtype == DType::kE4M3 || p.k.dtype == DType::kE5M2) && p.k.groups <= 1 &&
+         p.v.groups <= 1;
 }
 
 inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile, int head_dim_v_tile) {

@@ -106,21 +106,29 @@ JAX_FA_WGMMA(256, JAX_FA_R120 ", %120, %121, %122, %123, %124, %125, %126, %127"
              (JAX_FA_D32(0), JAX_FA_D32(32), JAX_FA_D32(64), JAX_FA_D32(96)), 128, 129, 130, 131,
              132)
 
-// d = a b^T or d += a b^T of e4m3: d[64, 128], a[64, 32], b[128, 32], both in panels of 128 bytes,
-// 32 of which are a step.
+// d = a b^T or d += a b^T, a of e4m3 and b of that or of e5m2: d[64, 128], a[64, 32], b[128, 32],
+// both in panels of 128 bytes, 32 of which are a step.
+template <DType kDTypeB>
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" JAX_FA_R40 ", " JAX_FA_TEN(
-          4) ", " JAX_FA_TEN(5) ", %60, %61, %62, %63}, %64, %65, accumulate, 1, 1;\n}\n"
-      : JAX_FA_D32(0), JAX_FA_D32(32)
-      : "l"(a), "l"(b), "r"(accumulate));
+#define JAX_FA_WGMMA_E4M3(type)                                                                 \
+  asm volatile(                                                                                 \
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %66, 0;\n"                            \
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3." type " {" JAX_FA_R40 ", " JAX_FA_TEN( \
+          4) ", " JAX_FA_TEN(5) ", %60, %61, %62, %63}, %64, %65, accumulate, 1, 1;\n}\n"       \
+      : JAX_FA_D32(0), JAX_FA_D32(32)                                                           \
+      : "l"(a), "l"(b), "r"(accumulate))
+  if constexpr (kDTypeB == DType::kE4M3) {
+    JAX_FA_WGMMA_E4M3("e4m3");
+  } else {
+    JAX_FA_WGMMA_E4M3("e5m2");
+  }
 }
 
 #undef JAX_FA_R120
 #undef JAX_FA_R80
 #undef JAX_FA_R40
 #undef JAX_FA_LIST
+#undef JAX_FA_WGMMA_E4M3
 #undef JAX_FA_WGMMA
 #undef JAX_FA_WGMMA_OF
 #undef JAX_FA_D32
