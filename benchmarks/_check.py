@@ -200,9 +200,12 @@ def _one_head(x, row, head):
     """[S, H] float32."""
     if not isinstance(x, jax_fa.QuantizedArray):
         return x[row, :, head].astype(jnp.float32)
-    scale = x.scale[jnp.minimum(row, x.scale.shape[0] - 1)]
-    scale = scale[jnp.minimum(head, scale.shape[0] - 1)]
-    one = jax_fa.QuantizedArray(x.values[row, :, head][:, None], scale[None])
+    scale = x.scale
+    if scale is not None:
+        for i in (row, head):
+            scale = scale[jnp.minimum(i, scale.shape[0] - 1)]
+        scale = scale[None]
+    one = jax_fa.QuantizedArray(x.values[row, :, head][:, None], scale)
     return one.dequantize()[:, 0]
 
 

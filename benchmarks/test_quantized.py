@@ -22,19 +22,14 @@ def attend(case):
     return lambda q, k, v, lengths: jax_fa.flash_attention(q, k, v, causal=True)
 
 
-def quantized(case, x, dtype, group_size):
+def quantized(case, x, *how):
     """The part of a `Launch` that says what it reads; one copy serves all who read the same."""
-    if (dtype, group_size) in x.derived:
-        return x.derived[dtype, group_size]
-    quantize = jax.jit(
-        functools.partial(
-            jax_fa.quantize, dtype=dtype, granularity="group" if group_size else "head",
-            group_size=group_size,
-        )
-    )  # fmt: skip
+    if how in x.derived:
+        return x.derived[how]
+    quantize = jax.jit(lambda x: jax_fa.quantize(x, *how))
     k, v = quantize(x.k), quantize(x.v)
-    moved = case.bytes(k.dtype.itemsize, k.scale.shape[-1])
-    return x.derived.setdefault((dtype, group_size), {"keys": k, "values": v, "moved": moved})
+    moved = case.bytes(k.dtype.itemsize, 0 if k.scale is None else k.scale.shape[-1])
+    return x.derived.setdefault(how, {"keys": k, "values": v, "moved": moved})
 
 
 @of("jax_fa", on_cpu=True)
@@ -47,14 +42,14 @@ def cudnn(case, x):
     return attention(case, x, jax_nn(case, "cudnn"))
 
 
-def jax_fa_quantized(case, x, dtype, group_size=None):
-    rest = quantized(case, x, dtype, group_size)
+def jax_fa_quantized(case, x, how):
+    rest = quantized(case, x, *how)
     return Pending(attend(case), (x.q, rest["keys"], rest["values"], x.kv_lengths), rest)
 
 
 def dequantized(case, x, dtype, implementation):
     """The cache made an array of the queries' type within the same jit, then attention."""
-    rest = quantized(case, x, dtype, None)
+    rest = quantized(case, x, dtype)
 
     def fn(q, k, v):
         return jax_nn(case, implementation)(q, k.dequantize(q.dtype), v.dequantize(q.dtype))
@@ -62,13 +57,18 @@ def dequantized(case, x, dtype, implementation):
     return Pending(fn, (x.q, rest["keys"], rest["values"]), rest)
 
 
-for short, dtype in {"int8": "int8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}.items():
-    of(f"jax_fa {short}", on_cpu=True)(functools.partial(jax_fa_quantized, dtype=dtype))
+WAYS = {
+    "int8": ("int8",),
+    "e4m3": ("float8_e4m3fn",),
+    "e5m2": ("float8_e5m2",),
+    "e4m3 without scales": ("float8_e4m3fn", None),
+    "e5m2 without scales": ("float8_e5m2", None),
+    "int8 group 32": ("int8", "group", 32),
+}
+for name, how in WAYS.items():
+    of(f"jax_fa {name}", on_cpu=True)(functools.partial(jax_fa_quantized, how=how))
 for short, dtype in {"int8": "int8", "e4m3": "float8_e4m3fn"}.items():
     for one in ("xla", "cudnn"):
         of(f"{one}, {short} dequantized", on_cpu=one == "xla", covers=lambda c: c.len_q == 1)(
             functools.partial(dequantized, dtype=dtype, implementation=one)
         )
-of("jax_fa int8 group 32", on_cpu=True)(
-    functools.partial(jax_fa_quantized, dtype="int8", group_size=32)
-)
