@@ -20,7 +20,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend
 
 # implementations keep their colour from chart to chart; ours are the warm ones, drawn thicker
-_OURS = ("#d62728", "#ff7f0e", "#e377c2", "#8c1c13", "#bcbd22", "#f4a259")
+_OURS = ("#d62728", "#ff7f0e", "#e377c2", "#8c1c13", "#bcbd22", "#f4a259", "#ffbb78")
 _PEERS = {
     "cudnn": "#1f77b4", "xla": "#7f7f7f", "flash-attn3-jax": "#2ca02c", "fa3-fwd": "#006d2c",
     "tokamax": "#9467bd", "pallas": "#17becf", "torch-flash": "#6baed6", "torch-cudnn": "#08306b",
