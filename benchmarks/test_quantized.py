@@ -57,7 +57,7 @@ def dequantized(case, x, dtype, implementation):
     return Pending(fn, (x.q, rest["keys"], rest["values"]), rest)
 
 
-WAYS = {
+WAYS = {  # arguments of `jax_fa.quantize`
     "int8": ("int8",),
     "e4m3": ("float8_e4m3fn",),
     "e5m2": ("float8_e5m2",),

@@ -1,5 +1,5 @@
-// Decode over 8-bit caches, and the merge of splits: for queries of either type, as products are of
-// halves.
+// What decoding needs once for queries of both types: the kernels over 8-bit caches, whose products
+// are of halves, and the merge of splits.
 #include "decode/kernel.cuh"
 
 namespace jax_fa {

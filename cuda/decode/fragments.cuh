@@ -16,13 +16,13 @@
 
 namespace jax_fa::decode {
 
-template <DType kDType>
-__device__ __forceinline__ uint32_t pack(float lo, float hi) {
-  return kDType == DType::kBF16 ? ptx::pack_bf16(lo, hi) : ptx::pack_f16(lo, hi);
-}
-
 __device__ __forceinline__ uint32_t pack(DType dtype, float lo, float hi) {
   return dtype == DType::kBF16 ? ptx::pack_bf16(lo, hi) : ptx::pack_f16(lo, hi);
+}
+
+template <DType kDType>
+__device__ __forceinline__ uint32_t pack(float lo, float hi) {
+  return pack(kDType, lo, hi);
 }
 
 template <DType kDType>

@@ -181,7 +181,7 @@ struct ScaleLoader {
     if (most > 0) {
       const bool e5m2 = p.v.dtype == DType::kE5M2;
       const int limit = e5m2 ? -1 : p.v.dtype == DType::kInt8 ? 7 : 6, e = most - 127;
-      const int least = limit - (e5m2 ? 12 : 14);
+      const int least = limit - (e5m2 ? 12 : 14);  // the largest factor is a normal half
       if (e - unit > limit || e - unit < least) unit = max(e - limit + 3, least_unit);
       least_unit = max(least_unit, unit - 60);
     }
