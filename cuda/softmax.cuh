@@ -44,16 +44,19 @@ struct OnlineSoftmax {
   __device__ bool step(float (&s)[kMTiles][kNTiles][4], ToLog2 to_log2,
                        float (&rescale)[kMTiles][2]) {
     bool moved = false;
+    const float factor[2] = {to_log2(0), to_log2(1)};
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
+      float max_log2[2], row_sum[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        moved |= move(s, m, h, to_log2(h), rescale[m][h]);
+        moved |= move(s, m, h, factor[h], rescale[m][h]);
         // A row that has seen no key yet has no maximum to subtract: exp2(-inf - 0) = 0.
-        const float max_log2 = max[m][h] == -INFINITY ? 0.f : max[m][h] * to_log2(h);
-        const float row_sum = exponentiate(s, m, h, to_log2(h), max_log2);
-        sum[m][h] = sum[m][h] * rescale[m][h] + row_sum;
+        max_log2[h] = max[m][h] == -INFINITY ? 0.f : max[m][h] * factor[h];
       }
+      exponentiate(s[m], factor, max_log2, row_sum);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sum[m][h] = sum[m][h] * rescale[m][h] + row_sum[h];
     }
     return __any_sync(0xffffffff, moved);
   }
@@ -63,13 +66,16 @@ struct OnlineSoftmax {
   // moved, and that row is worth nothing; else all bits are those of step().
   template <int kNTiles, class ToLog2>
   __device__ void follow(float (&s)[kMTiles][kNTiles][4], ToLog2 to_log2, float& most) {
+    const float factor[2] = {to_log2(0), to_log2(1)};
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
+      const float max_log2[2] = {max[m][0] * factor[0], max[m][1] * factor[1]};
+      float row_sum[2];
+      exponentiate(s[m], factor, max_log2, row_sum);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float row_sum = exponentiate(s, m, h, to_log2(h), max[m][h] * to_log2(h));
-        sum[m][h] += row_sum;
-        most = ptx::max_nan(most, row_sum);
+        sum[m][h] += row_sum[h];
+        most = ptx::max_nan(most, row_sum[h]);
       }
     }
   }
@@ -116,20 +122,22 @@ struct OnlineSoftmax {
     return moves;
   }
 
-  // Returns what this adds to the row's sum.
+  // Both rows abreast: their sums are chains of their own. `row_sum` is what this adds to them.
   template <int kNTiles>
-  __device__ static float exponentiate(float (&s)[kMTiles][kNTiles][4], int m, int h, float to_log2,
-                                       float max_log2) {
-    float row_sum = 0.f;
+  __device__ static void exponentiate(float (&s)[kNTiles][4], const float (&to_log2)[2],
+                                      const float (&max_log2)[2], float (&row_sum)[2]) {
+    row_sum[0] = row_sum[1] = 0.f;
 #pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
+    for (float (&x)[4] : s) {
 #pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], to_log2, -max_log2));
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) {
+          x[e] = ptx::exp2(fmaf(x[e], to_log2[h], -max_log2[h]));
+        }
+        row_sum[h] += x[2 * h] + x[2 * h + 1];
       }
-      row_sum += s[m][n][2 * h] + s[m][n][2 * h + 1];
     }
-    return row_sum;
   }
 };
 
