@@ -422,6 +422,7 @@ struct Consumer {
   }
 
   __device__ void release_v() {
+    if constexpr (Traits::kBytes) __syncwarp();  // all lanes have read the unit
     release(shared.v_empty[v_ring.at()]);
     v_ring.advance();
   }
