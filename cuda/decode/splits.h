@@ -82,7 +82,8 @@ struct DecodeModel {
   int flight_keys;  // that a block has in flight
   // Whether blocks do little but wait for memory, each for all that it has in flight at once. Then
   // a third of the slots read as fast as all: H200, 64 x 8192 keys of 8 heads take 482 us in 512
-  // blocks, 491 in 1536; 16 x 32768 keys 478 in 256, 485 in 768, 657 in 128.
+  // blocks, 491 in 1536; 16 x 32768 keys 478 in 256, 485 in 768, 657 in 128; of head_dim 64, 64 x
+  // 4096 keys of 3 heads 50 in 384, 54 in 576, 55 in 192.
   bool streams = false;
 
   // `blocks` read `keys` keys in all, none more than `longest`; partials are float32. Beside
@@ -161,8 +162,9 @@ inline DecodeSplit decode_split(int batch, int len_q, int heads_q, int heads_kv,
   };
   const auto try_slots = [&](int slots, int64_t most_blocks) {
     const int warps = decode_warps(tiles);
+    const int flight_keys = warps * 2 * decode_step_keys(dim, tiles, key_bytes != 2);
     const DecodeModel model{slots, (head_dim + head_dim_v) * (key_bytes == 1 ? 1.f : 2.f), 20,
-                            warps * 32, tiles == 1 && key_bytes > 0 && !grouped};
+                            flight_keys, tiles == 1 && key_bytes > 0 && !grouped};
     try_warps(warps, most_blocks, [&](int splits, int64_t scratch) {
       const bool in_cluster = tiles == 1 && splits == kNarrowCluster;
       const float time = model.time(float(blocks) * splits, float(blocks) * max_len_kv,
