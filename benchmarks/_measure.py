@@ -123,13 +123,13 @@ class DeviceClock:
             for kind in self._kinds:
                 cupti.activity_disable(kind)
         work, self._work = sorted(self._work), []
-        seconds = [_busy(work, *window) * 1e-9 for window in windows]
+        seconds = [busy(work, *window) * 1e-9 for window in windows]
         if not all(seconds):
             raise RuntimeError(f"CUPTI saw no work of a launch, only {len(work)} records in all")
         return seconds, mhz
 
 
-def _busy(work, start, end):
+def busy(work, start, end):
     """Nanoseconds of the union of sorted intervals that begin within [start, end)."""
     total, reached = 0, start
     for a, b in work:
