@@ -162,6 +162,7 @@ inline DecodeSplit decode_split(int batch, int len_q, int heads_q, int heads_kv,
   };
   const auto try_slots = [&](int slots, int64_t most_blocks) {
     const int warps = decode_warps(tiles);
+    // two steps of each warp
     const int flight_keys = warps * 2 * decode_step_keys(dim, tiles, key_bytes != 2);
     const DecodeModel model{slots, (head_dim + head_dim_v) * (key_bytes == 1 ? 1.f : 2.f), 20,
                             flight_keys, tiles == 1 && key_bytes > 0 && !grouped};
