@@ -21,13 +21,14 @@ __device__ T quad_sum(T x) {
 }
 
 // kSlackLog2: the maximum that scales a row moves only when a score outgrows it by 2^kSlackLog2, so
-// that most tiles rescale nothing, and then to 2^kRoomLog2 above that score. Exact in any case;
-// probabilities grow up to 2^kSlackLog2, which must suit their type. Rows choose one by one: a
-// row's bits do not depend on its neighbours.
-template <int kMTiles, int kSlackLog2, int kRoomLog2 = 0>
+// that most tiles rescale nothing. Exact in any case; probabilities grow up to 2^kSlackLog2, which
+// must suit their type, or shrink() has to follow. Rows choose one by one: a row's bits do not
+// depend on its neighbours.
+template <int kMTiles, int kSlackLog2>
 struct OnlineSoftmax {
-  float max[kMTiles][2];  // in the score's domain
-  float sum[kMTiles][2];  // of this lane's columns only
+  float max[kMTiles][2];    // in the score's domain
+  float sum[kMTiles][2];    // of this lane's columns only
+  float added[kMTiles][2];  // to it by the last tile
 
   __device__ OnlineSoftmax() {
 #pragma unroll
@@ -47,16 +48,16 @@ struct OnlineSoftmax {
     const float factor[2] = {to_log2(0), to_log2(1)};
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
-      float max_log2[2], row_sum[2];
+      float max_log2[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         moved |= move(s, m, h, factor[h], rescale[m][h]);
         // A row that has seen no key yet has no maximum to subtract: exp2(-inf - 0) = 0.
         max_log2[h] = max[m][h] == -INFINITY ? 0.f : max[m][h] * factor[h];
       }
-      exponentiate(s[m], factor, max_log2, row_sum);
+      exponentiate(s[m], factor, max_log2, added[m]);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) sum[m][h] = sum[m][h] * rescale[m][h] + row_sum[h];
+      for (int h = 0; h < 2; ++h) sum[m][h] = sum[m][h] * rescale[m][h] + added[m][h];
     }
     return __any_sync(0xffffffff, moved);
   }
@@ -70,12 +71,45 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
       const float max_log2[2] = {max[m][0] * factor[0], max[m][1] * factor[1]};
-      float row_sum[2];
-      exponentiate(s[m], factor, max_log2, row_sum);
+      exponentiate(s[m], factor, max_log2, added[m]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        sum[m][h] += row_sum[h];
-        most = ptx::max_nan(most, row_sum[h]);
+        sum[m][h] += added[m][h];
+        most = ptx::max_nan(most, added[m][h]);
+      }
+    }
+  }
+
+  // Whether a row of the warp may have a probability of 2^kLimitLog2 or more in the last tile.
+  template <int kLimitLog2>
+  __device__ bool exceeds() const {
+    float largest = 0.f;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) largest = fmaxf(largest, fmaxf(added[m][0], added[m][1]));
+    return __any_sync(0xffffffff, largest >= float(1ull << kLimitLog2));
+  }
+
+  // Takes such rows down by a power of two, which needs no scores: the probabilities of the last
+  // tile, `s`, and the sum; the output so far must be multiplied by `rescale`. Rows whose sums are
+  // not finite are worth nothing before and after.
+  template <int kLimitLog2, int kNTiles, class ToLog2>
+  __device__ void shrink(float (&s)[kMTiles][kNTiles][4], ToLog2 to_log2,
+                         float (&rescale)[kMTiles][2]) {
+    constexpr float kLimit = 1ull << kLimitLog2;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float row_added = quad_max(added[m][h]);
+        const int log2 = row_added >= kLimit ? min(__float_as_int(row_added) >> 23, 253) - 127 : 0;
+        if (log2 > 0) max[m][h] += __fdividef(log2, to_log2(h));
+        rescale[m][h] = __int_as_float((127 - log2) << 23);
+        sum[m][h] *= rescale[m][h];
+#pragma unroll
+        for (float (&x)[4] : s[m]) {
+          x[2 * h] *= rescale[m][h];
+          x[2 * h + 1] *= rescale[m][h];
+        }
       }
     }
   }
@@ -114,11 +148,8 @@ struct OnlineSoftmax {
     }
     const float row_max = quad_max(fmaxf(fmaxf(maxima[0], maxima[1]), fmaxf(maxima[2], maxima[3])));
     const bool moves = (row_max - max[m][h]) * to_log2 > kSlackLog2;  // -inf to -inf: false
-    // A row of zeros may have a domain of its own, in which all is worth nothing.
-    const float room = kRoomLog2 > 0 ? __fdividef(kRoomLog2, fmaxf(to_log2, 1e-30f)) : 0.f;
-    const float to = row_max + room;
-    rescale = moves ? ptx::exp2((max[m][h] - to) * to_log2) : 1.f;
-    max[m][h] = moves ? to : max[m][h];
+    rescale = moves ? ptx::exp2((max[m][h] - row_max) * to_log2) : 1.f;
+    max[m][h] = moves ? row_max : max[m][h];
     return moves;
   }
 

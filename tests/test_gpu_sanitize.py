@@ -60,12 +60,16 @@ def test_sanitize_caches(dtype, kind, rng):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("granularity", [None, "head"])
 @pytest.mark.parametrize(
-    "kind, dtype",
-    [("contiguous", "float8_e4m3fn"), ("paged", "float8_e4m3fn"), ("paged", "float8_e5m2")],
-)
-def test_sanitize_keys_that_stay_bytes(kind, dtype, granularity, rng):
+    "kind, dtype, granularity",
+    [
+        ("contiguous", "float8_e4m3fn", None), ("contiguous", "float8_e4m3fn", "head"),
+        ("paged", "float8_e4m3fn", None), ("paged", "float8_e4m3fn", "head"),
+        ("paged", "float8_e5m2", None), ("paged", "float8_e5m2", "head"),
+        ("contiguous", "int8", "head"), ("paged", "int8", "token"),
+    ],
+)  # fmt: skip
+def test_sanitize_prefill_over_8_bits(kind, dtype, granularity, rng):
     cache, wide, maps = filled(rng, kind, 2, 300, 1, 128, dtype, granularity)
     lengths, cu = np.array([300, 141], np.int32), cases.cu_seqlens([70, 20])
     q = cases.normal(rng, 90, 2, 128, dtype=jnp.bfloat16)

@@ -65,9 +65,12 @@ struct HopperTraits {
   // Whether the maximum of a row is not looked for once there is one.
   static constexpr bool kFollowsMax = !(kGeneral && kHeadDim > 128);
 
-  // Of probabilities, see OnlineSoftmax: float16 holds less than 2^16.
-  static constexpr bool kNarrowRange = kPvType == DType::kF16;
-  static constexpr int kSlackLog2 = kNarrowRange ? 15 : 63, kRoomLog2 = kNarrowRange ? 8 : 0;
+  // Of probabilities, see OnlineSoftmax: float16 holds less than 2^16. What shrinking costs there:
+  // 0 to 1.6 % (H200, head_dim 128, T = 512 to 16k); what it saves where queries outgrow their
+  // first maximum by 2^15, as they do in half the tiles where logits have a deviation of 2.5: 15 to
+  // 45 %.
+  static constexpr bool kShrinks = kPvType == DType::kF16;
+  static constexpr int kSlackLog2 = 63, kLimitLog2 = 15;
 
   // Whether scores become probabilities while p V still runs: for that registers have to suffice,
   // more of them where scores are changed before.

@@ -18,14 +18,15 @@
 // What limits it is how many instructions a warp has between its products: at head_dim 128, one
 // more for each score of a thread costs 5 %. So a maximum is looked for only until every query has
 // one, and where keys are hidden: mostly in the first tile of keys. The others follow it. If one
-// outgrows it by more than probabilities can hold, the block does the tile of queries once more
-// with a maximum that moves, and starts some of the next ones like that. A query that does not
-// outgrow its own gets the same bits either way. (One maximum for all, and a second pass where it
-// fails: FlashDecoding++, Hong et al. 2023.) H200, bf16, B * T = 16384, N * H = 2048, TFLOP/s at T
-// = 1k, 8k and 16k before and now: head_dim 64 426, 570, 579 and 458, 633, 643; causal 328, 536,
-// 562 and 349, 600, 628; head_dim 128 635, 750, 763 and 674, 806, 819; causal 466, 712, 735 and
-// 485, 791, 813; head_dim 256 682, 813, 823 and 687, 839, 850; causal 490, 737, 764 and 494, 779,
-// 813.
+// outgrows it by 2^62, the block does the tile of queries once more with a maximum that moves, and
+// starts some of the next ones like that; a query that does not outgrow its own gets the same bits
+// either way. (One maximum for all, and a second pass where it fails: FlashDecoding++, Hong et al.
+// 2023.) Float16 holds less: where probabilities are packed to that, a warp takes a row that has
+// grown past it down by a power of two, which needs no scores. H200, bf16, B * T = 16384, N * H =
+// 2048, TFLOP/s at T = 1k, 8k and 16k before and now: head_dim 64 426, 570, 579 and 458, 633, 643;
+// causal 328, 536, 562 and 349, 600, 628; head_dim 128 635, 750, 763 and 674, 806, 819; causal 466,
+// 712, 735 and 485, 791, 813; head_dim 256 682, 813, 823 and 687, 839, 850; causal 490, 737, 764
+// and 494, 779, 813.
 //
 // Over keys and values of 8 bits, warpgroups between those dequantize (dequantize.cuh): copies
 // bring bytes, and what consumers wait for is what dequantizers have made of them. kBytes leaves
@@ -95,13 +96,14 @@ struct Consumer {
   int n;                // the tile of keys whose probabilities p holds
   int begin;            // the last one to come
   Interval all;         // keys that all of the warpgroup's queries see
-  OnlineSoftmax<1, Traits::kSlackLog2, Traits::kRoomLog2> softmax;
+  OnlineSoftmax<1, Traits::kSlackLog2> softmax;
   bool follows;  // all queries of the warpgroup have a maximum, and none is looked for
   float most;    // what one of the lane's rows has added to its sum at most since then
   // kBytes: the units of the lane's rows of scores, and of values and o as log2.
   float unit[2];
   int v_unit = 0;
-  float shrink[1][2];  // what o must be multiplied by where a maximum has moved
+  bool exceeds = false;  // kShrinks: whether probabilities of one of the warp's rows are too large
+  float shrink[1][2];    // what o must be multiplied by where a maximum has moved
   float s[1][kBlockN / 8][4];
   uint32_t p[kBlockN / 4];
   float o[kHeadDimV / 2];
@@ -445,6 +447,7 @@ struct Consumer {
       apply_score();
       moved = apply_softmax<kKeys>();
       pin(scores());
+      if constexpr (Traits::kShrinks) exceeds = softmax.template exceeds<Traits::kLimitLog2>();
     };
     if constexpr (Traits::kSoftmaxUnderPv) make_probabilities();
     ptx::wgmma_wait<0>();
@@ -454,6 +457,15 @@ struct Consumer {
     if constexpr (!Traits::kSoftmaxUnderPv) make_probabilities();
     pack_probabilities();
     if (moved) rescale_o(shrink[0]);
+  }
+
+  // Takes down rows whose probabilities in s are more than p holds.
+  __device__ void shrink_rows() {
+    if (!exceeds) return;
+    softmax.template shrink<Traits::kLimitLog2>(s, [&](int h) { return to_log2(h); }, shrink);
+    rescale_o(shrink[0]);
+    pack_probabilities();
+    exceeds = false;
   }
 
   // The last product of a tile.
@@ -483,9 +495,11 @@ struct Consumer {
         begin_tile();
         while (n > begin) {
           constexpr Keys kSeen = Traits::kFollowsMax ? Keys::kFollow : Keys::kSeen;
+          if constexpr (Traits::kShrinks) shrink_rows();
           if (!is_plain(n - 1)) step<Keys::kHidden>();
-          while (n > begin && is_plain(n - 1)) step<kSeen>();
+          while (n > begin && is_plain(n - 1) && !exceeds) step<kSeen>();
         }
+        if constexpr (Traits::kShrinks) shrink_rows();
         end_tile();
       }
       close_tile();
@@ -515,6 +529,11 @@ struct Consumer {
     for (int h = 0; h < 2; ++h) {
       const int r = consumer * 64 + row + h * 8;
       const bool query = is_query(h);
+      if constexpr (Traits::kBytes) {  // hidden scores of a query that is not finite are NaN too
+        const IntervalMask mask = tile().mask;
+        const int i = q.row0 + r;
+        if (mask.lo(i) >= mask.hi(i)) softmax.sum[0][h] = 0.f;
+      }
       const auto result = softmax.finish(0, h, to_log2(h), sink);
       if (lane % 4 == 0 && r < q.rows) out.gLse[r] = query ? result.lse : -INFINITY;
       live[h] = query && !result.empty;
