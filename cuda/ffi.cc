@@ -308,10 +308,13 @@ AttentionParams varlen(const In& q, const In& k, const In& v, const In& k_scale,
 
 ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In slopes, In sinks,
                In bias, In q_lengths, In kv_lengths, In seeds, Out o, Out lse, Out next_tile,
-               FwdAttrs attrs) {
+               Out wide_k, Out wide_v, FwdAttrs attrs) {
   AttentionParams p = dense(q, k, v, k_scale, v_scale, slopes, sinks, bias, q_lengths, kv_lengths,
                             seeds, *o, *lse, attrs);
   p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
+  if (!absent(*wide_k)) {
+    return to_error(run_widened(p, wide_k->untyped_data(), wide_v->untyped_data(), stream));
+  }
   return to_error(run_attention(Operation::kPrefill, p, {}, stream));
 }
 
@@ -501,10 +504,11 @@ auto dense_operands() { return with<4, 0>(attention_operands()); }
 // seeds, q_start, q_length, k_start, k_length
 auto varlen_operands() { return with<5, 0>(attention_operands()); }
 
-// o, lse, next_tile
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd, fwd, (with<0, 3>(dense_operands()).Attrs<FwdAttrs>()),
+// o, lse, next_tile, wide_k, wide_v
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_fwd, fwd, (with<0, 5>(dense_operands()).Attrs<FwdAttrs>()),
                               kTraits);
 
+// o, lse, next_tile
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_fa_varlen_fwd, varlen_fwd,
                               (with<0, 3>(varlen_operands()).Attrs<VarlenAttrs>()), kTraits);
 

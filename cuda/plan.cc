@@ -149,6 +149,19 @@ cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStrea
   });
 }
 
+// Of the same rows and tokens as x, without scales.
+KvTensor contiguous(const KvTensor& x, const void* data, int heads, int dim, DType dtype) {
+  KvTensor out{};
+  out.data = data;
+  out.head_stride = dim;
+  out.token_stride = int64_t(heads) * dim;
+  out.row_stride = x.tokens * out.token_stride;
+  out.rows = x.rows;
+  out.tokens = x.tokens;
+  out.dtype = dtype;
+  return out;
+}
+
 }  // namespace
 
 // Hopper's machine code runs on 9.0 alone.
@@ -218,6 +231,15 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
                                        : launch_fwd_sm80<kDim, DType::kF16>(p, stream);
       },
       kTiles);
+}
+
+cudaError_t run_widened(const AttentionParams& params, void* k, void* v, cudaStream_t stream) {
+  const cudaError_t status = launch_widen(params, k, v, stream);
+  if (status != cudaSuccess) return status;
+  AttentionParams p = params;
+  p.k = contiguous(params.k, k, p.heads_kv, p.head_dim, p.dtype);
+  p.v = contiguous(params.v, v, p.heads_kv, p.head_dim_v, p.dtype);
+  return run_attention(Operation::kPrefill, p, {}, stream);
 }
 
 int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int head_dim_v,

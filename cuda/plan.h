@@ -68,6 +68,10 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
 
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream);
 
+// Dense prefill over keys and values of 8 bits by way of `k` and `v`, scratch for them in the
+// queries' type.
+cudaError_t run_widened(const AttentionParams& params, void* k, void* v, cudaStream_t stream);
+
 cudaError_t run_attention(Operation operation, const AttentionParams& params,
                           const SplitScratch& scratch, cudaStream_t stream);
 

@@ -10,6 +10,9 @@ from . import _jax_fa, _layout, _limits
 
 # Those that no kernel covers run through the reference on CUDA too; of others that is an error.
 BACKWARD = ("jax_fa_fwd_bwd", "jax_fa_varlen_bwd")
+# Tiles of queries for each key head from which a copy of keys and values in q's dtype pays, the
+# latter of fp8 ones without scales, and its largest size. Measured on an H200.
+_WIDE_READERS, _WIDE_READERS_OF_BYTES, _MOST_WIDE_BYTES = 8, 32, 2 << 30
 _LAYOUTS = (_layout.SEPARATE, _layout.KV_PACKED, _layout.QKV_PACKED)
 
 
@@ -71,6 +74,10 @@ def _ffi_call(op, operands, static):
         results += _decode_scratch(operands)
     elif op.name in ("jax_fa_fwd", "jax_fa_varlen_fwd", "jax_fa_hybrid"):
         results.append(jax.ShapeDtypeStruct((2,), np.int32))  # tiles, tasks that were taken
+    if op.name == "jax_fa_fwd":
+        wide = as_wide(operands) if widens(operands, static) else {}
+        absent = jax.ShapeDtypeStruct((0,), np.float32)
+        results += [wide.get(name, absent) for name in "kv"]
     if op.name == "jax_fa_hybrid":
         results += _hybrid_scratch(operands, static["split_size"])
     if op.name in BACKWARD:
@@ -138,6 +145,35 @@ def as_decode(operands, static):
         {name: operands[name] for name in same} | maps | {"kv_lengths": lengths},
         {name: static[name] for name in kept} | {"layer_stride": k.shape[0]},
     )
+
+
+def widens(operands, static):
+    """Whether a dense call turns 8-bit keys and values into arrays of q's dtype first.
+
+    Prefill kernels widen a tile of keys for every tile of queries that reads it, which costs more
+    than doing it once where those are many (cuda/cache/widen.cu).
+    """
+    q, k, v = (operands[name] for name in "qkv")
+    if not all(isinstance(size, int) for size in q.shape + k.shape):  # symbolic
+        return False
+    if static["layout"] != _layout.SEPARATE or q.dtype.itemsize != 2:
+        return False
+    if not k.dtype.itemsize == v.dtype.itemsize == 1:
+        return False
+    batch, len_q, heads, _ = q.shape
+    readers = -(-len_q // 128) * (heads // k.shape[2]) * (batch // k.shape[0])
+    size = q.dtype.itemsize * (math.prod(k.shape) + math.prod(v.shape))
+    scaled = any(operands[name].shape != (0,) for name in ("k_scale", "v_scale"))
+    as_bytes = has_fp8_keys(operands) and 96 < max(k.shape[-1], v.shape[-1]) <= 128
+    least = _WIDE_READERS_OF_BYTES if as_bytes and not scaled else _WIDE_READERS
+    return readers >= least and size <= _MOST_WIDE_BYTES
+
+
+def as_wide(operands):
+    """Operands, as shapes, of the prefill that follows."""
+    q, none = operands["q"], jax.ShapeDtypeStruct((0,), np.float32)
+    wide = {name: jax.ShapeDtypeStruct(operands[name].shape, q.dtype) for name in "kv"}
+    return operands | wide | {"k_scale": none, "v_scale": none}
 
 
 def _decode_scratch(operands):

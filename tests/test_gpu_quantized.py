@@ -159,12 +159,61 @@ def test_queries_that_are_zero_or_not_finite(rng):
     same_bits((out, bad_lse), (clean, lse))
 
 
+def test_a_query_that_sees_no_key_and_is_not_finite(rng):
+    q, k, v = cases.qkv(rng, cases.Shape(1, 150, 70, 4, 2, 128), jnp.bfloat16)
+    kq, vq = (jax_fa.quantize(x, "float8_e4m3fn") for x in (k, v))
+    clean = run_dense(q, kq, vq, {"causal": True})
+    bad = q.at[:, 3, 1, 17].set(jnp.nan).at[:, 40, 2, 90].set(jnp.inf)  # keys begin at query 80
+    same_bits(run_dense(bad, kq, vq, {"causal": True}), clean)
+
+
+# --- many queries, which read a copy in their own dtype ---
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(), ("causal", "kv_lengths"), ("window",), ("window", "q_lengths", "kv_lengths", "sinks")],
+    ids=str,
+)
+@pytest.mark.parametrize("q_dtype, head_dim", [("bfloat16", 128), ("float16", 72)])
+@pytest.mark.parametrize(
+    "dtype, granularity, size", [x for x in QUANTIZED if x[1] != "group"] + [("int8", "group", 8)]
+)
+def test_many_queries_over_quantized_keys(dtype, granularity, size, q_dtype, head_dim, names, rng):
+    shape = cases.Shape(2, 520, 1100, 16, 2, head_dim)
+    options = cases.options_of(names, rng, shape)
+    q, k, v = cases.qkv(rng, shape, jnp.dtype(q_dtype))
+    if "kv_lengths" in names:
+        past = (
+            np.arange(1100)[:, None, None] >= np.asarray(options["kv_lengths"])[:, None, None, None]
+        )
+        k, v = (jnp.where(past, jnp.nan, x) for x in (k, v))
+    kq, vq = (jax_fa.quantize(x, dtype, granularity, size) for x in (k, v))
+    wide = [x.dequantize(q_dtype) for x in (kq, vq)]
+    same_bits(run_dense(q, kq, vq, options), run_dense(q, *wide, options))
+
+
+def test_copies_that_batches_of_queries_share(rng):
+    """Two arrays of queries on one of keys, as vmap over queries alone has them."""
+    q, k, v = cases.qkv(rng, cases.Shape(2, 300, 700, 16, 2, 64), jnp.bfloat16)
+    queries = jnp.stack([q, -q])
+    kq, vq = jax_fa.quantize(k, "int8"), jax_fa.quantize(v, "float8_e4m3fn", "group", 16)
+    lengths = jnp.asarray([[700, 3], [20, 512]], jnp.int32)
+
+    def call(q, lengths, k, v):
+        return jax_fa.flash_attention(q, k, v, kv_lengths=lengths, return_lse=True)
+
+    wide = [x.dequantize(jnp.bfloat16) for x in (kq, vq)]
+    mapped = jax.jit(jax.vmap(call, (0, 0, None, None)))
+    same_bits(mapped(queries, lengths, kq, vq), mapped(queries, lengths, *wide))
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
 def test_scales_of_values_that_leap(dtype, rng):
     """Queries that see values of one size alone are as exact as if all were of that size."""
     steps = np.repeat(np.array([0, -20, 15, -40, 70, -8, 90]), 128)
     length = len(steps)
-    q, k, v = cases.qkv(rng, cases.Shape(1, length, length, 4, 2, 128), jnp.bfloat16)
+    q, k, v = cases.qkv(rng, cases.Shape(1, length, length, 2, 2, 128), jnp.bfloat16)
     kq, vq = jax_fa.quantize(k, "float8_e4m3fn"), jax_fa.quantize(v, dtype)
     wide = [reference.dequantize(x.values, x.scale) for x in (kq, vq)]
     factors = (2.0 ** steps[None, None, :, None]).astype(np.float32)

@@ -125,6 +125,48 @@ def test_packed_buffers_are_bound_as_they_are():
     assert "custom_call @jax_fa_fwd(%arg0, %arg1, %arg1," in text
 
 
+@pytest.mark.parametrize(
+    "queries, dtypes, keys, copies",
+    [
+        ((2, 128, 16, 64), ("int8", "int8"), 512, True),
+        ((2, 1024, 2, 64), ("int8", "float8_e4m3fn"), 512, True),
+        ((16, 1, 128, 64), ("int8", "int8"), 512, True),  # queries of 8 that share keys
+        ((2, 127, 14, 64), ("int8", "int8"), 512, False),
+        ((2, 1024, 16, 64), ("int8", "bfloat16"), 512, False),
+        ((2, 128, 16, 64), ("int8", "int8"), 1 << 23, False),  # 4 GiB
+        ((2, 1024, 2, 128), ("float8_e5m2", "float8_e5m2"), 512, False),
+        ((2, 1024, 2, 96), ("float8_e5m2", "float8_e5m2"), 512, True),
+        ((2, 1024, 8, 128), ("float8_e5m2", "float8_e5m2"), 512, True),
+    ],
+    ids=str,
+)
+def test_many_queries_read_a_copy_of_8_bits(queries, dtypes, keys, copies):
+    batch, dim = 2, queries[-1]
+    shape = batch, keys, 2, dim
+
+    def fn(q, *arrays):
+        k, v = (
+            jax_fa.QuantizedArray(x, scale) if x.dtype.itemsize == 1 else x
+            for x, scale in zip(arrays[::2], arrays[1::2])
+        )
+        one = lambda q: jax_fa.flash_attention(q, k, v)  # noqa: E731
+        if q.shape[0] == batch:
+            return one(q)
+        return jax.vmap(one)(q.reshape(-1, batch, *q.shape[1:]))
+
+    args = avals(queries)
+    for dtype in dtypes:
+        scaled = dtype == "int8"
+        scale = avals((batch, 2, keys, 1), dtype=jnp.float32)[0] if scaled else None
+        args += [*avals(shape, dtype=dtype), scale]
+    text = lower(fn, *args)
+    assert calls(text) == ["jax_fa_fwd"]
+    wide = "tensor<{}xbf16>, tensor<{}xbf16>)".format(*["x".join(map(str, shape))] * 2)
+    assert (wide in text) == copies
+    (call,) = jax_fa.explain(fn, *args, device="h200")
+    assert call.kernel.startswith("widen, ") == copies
+
+
 def test_quantized_keys_are_bound_as_they_are():
     def fn(q, values, scale):
         x = jax_fa.QuantizedArray(values, scale)
