@@ -197,7 +197,7 @@ cudaError_t launch_combine(const AttentionParams& params, const SplitScratch& sc
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 
 // cuda/cache/widen.cu: dense keys and values of 8 bits to k and v, [rows, tokens, heads_kv, dim],
-// contiguous, of the queries' type; tokens that no query sees may stay as they are.
+// contiguous, of the queries' type; tokens that no tile of prefill has may stay as they are.
 cudaError_t launch_widen(const AttentionParams& params, void* k, void* v, cudaStream_t stream);
 
 }  // namespace jax_fa

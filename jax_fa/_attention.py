@@ -51,7 +51,7 @@ def flash_attention(
     Args:
       q: Queries `[B, T, N, H]`, float16, bfloat16, float32 or float64.
       k: Keys `[B, S, K, H]` of q's dtype, or a `QuantizedArray`; `N % K == 0`. On CUDA many queries
-        over 8-bit keys and values read a copy of them in q's dtype (see `explain`).
+        over 8-bit keys and values read a copy of them, rounded to q's dtype (see `explain`).
       v: Values `[B, S, K, Hv]`, as k.
       scale: Multiplies the scores; `H ** -0.5` if None.
       causal: Whether query i sees only keys `j <= i + S' - T'` (aligned bottom-right).

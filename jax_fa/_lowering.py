@@ -11,7 +11,8 @@ from . import _jax_fa, _layout, _limits
 # Those that no kernel covers run through the reference on CUDA too; of others that is an error.
 BACKWARD = ("jax_fa_fwd_bwd", "jax_fa_varlen_bwd")
 # Tiles of queries for each key head from which a copy of keys and values in q's dtype pays, the
-# latter of fp8 ones without scales, and its largest size. Measured on an H200.
+# latter where products would take keys as they are, without scales, and its largest size. Measured
+# on an H200.
 _WIDE_READERS, _WIDE_READERS_OF_BYTES, _MOST_WIDE_BYTES = 8, 32, 2 << 30
 _LAYOUTS = (_layout.SEPARATE, _layout.KV_PACKED, _layout.QKV_PACKED)
 
@@ -154,18 +155,20 @@ def widens(operands, static):
     than doing it once where those are many (cuda/cache/widen.cu).
     """
     q, k, v = (operands[name] for name in "qkv")
-    if not all(isinstance(size, int) for size in q.shape + k.shape):  # symbolic
+    if not all(isinstance(size, int) for size in q.shape + k.shape + v.shape):  # symbolic
         return False
     if static["layout"] != _layout.SEPARATE or q.dtype.itemsize != 2:
         return False
     if not k.dtype.itemsize == v.dtype.itemsize == 1:
         return False
     batch, len_q, heads, _ = q.shape
-    readers = -(-len_q // 128) * (heads // k.shape[2]) * (batch // k.shape[0])
+    readers = -(-len_q // 128) * (heads // k.shape[2]) * (batch // max(k.shape[0], 1))
     size = q.dtype.itemsize * (math.prod(k.shape) + math.prod(v.shape))
-    scaled = any(operands[name].shape != (0,) for name in ("k_scale", "v_scale"))
-    as_bytes = has_fp8_keys(operands) and 96 < max(k.shape[-1], v.shape[-1]) <= 128
-    least = _WIDE_READERS_OF_BYTES if as_bytes and not scaled else _WIDE_READERS
+    extras = ("k_scale", "v_scale", "slopes", "bias")
+    plain = all(operands[name].shape == (0,) for name in extras)
+    plain = plain and static["scale"] > 0 and not static["softcap"]
+    as_bytes = plain and has_fp8_keys(operands) and 96 < max(k.shape[-1], v.shape[-1]) <= 128
+    least = _WIDE_READERS_OF_BYTES if as_bytes else _WIDE_READERS
     return readers >= least and size <= _MOST_WIDE_BYTES
 
 

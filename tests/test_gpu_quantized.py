@@ -193,6 +193,19 @@ def test_many_queries_over_quantized_keys(dtype, granularity, size, q_dtype, hea
     same_bits(run_dense(q, kq, vq, options), run_dense(q, *wide, options))
 
 
+@pytest.mark.parametrize(
+    "window, lengths",
+    [((2**31 - 1, None), [700, 3]), ((60, 0), [9000, 690]), ((0, 2**31 - 1), [1, 0])],
+)
+def test_copies_where_windows_and_lengths_are_past_all_keys(window, lengths, rng):
+    shape = cases.Shape(2, 700, 700, 16, 2, 64)
+    q, k, v = cases.qkv(rng, shape, jnp.bfloat16)
+    kq, vq = jax_fa.quantize(k, "int8"), jax_fa.quantize(v, "int8")
+    options = {"window": window, "kv_lengths": jnp.asarray(lengths, jnp.int32)}
+    wide = [x.dequantize(jnp.bfloat16) for x in (kq, vq)]
+    same_bits(run_dense(q, kq, vq, options), run_dense(q, *wide, options))
+
+
 def test_copies_that_batches_of_queries_share(rng):
     """Two arrays of queries on one of keys, as vmap over queries alone has them."""
     q, k, v = cases.qkv(rng, cases.Shape(2, 300, 700, 16, 2, 64), jnp.bfloat16)

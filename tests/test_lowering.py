@@ -167,6 +167,14 @@ def test_many_queries_read_a_copy_of_8_bits(queries, dtypes, keys, copies):
     assert call.kernel.startswith("widen, ") == copies
 
 
+def test_explain_of_no_batch_row_of_8_bits():
+    q, values = avals((0, 512, 16, 64))[0], avals((0, 512, 2, 64), dtype=jnp.int8)[0]
+    fn = lambda q, x: jax_fa.flash_attention(q, x, x)  # noqa: E731
+    scale = jax.ShapeDtypeStruct((0, 2, 512, 1), jnp.float32)
+    (call,) = jax_fa.explain(fn, q, jax_fa.QuantizedArray(values, scale), device="h200")
+    assert call.kernel == "sm90/fwd"
+
+
 def test_quantized_keys_are_bound_as_they_are():
     def fn(q, values, scale):
         x = jax_fa.QuantizedArray(values, scale)

@@ -1,20 +1,22 @@
 // Keys and values of 8 bits to arrays of the queries' type, once for all tiles of queries that a
 // prefill reads them with. Each product with a scale is rounded once.
 //
-// A warp takes kTokens tokens of keys or of values, with all their heads, as far as some query may
-// see them; what lies past is left as it is. H200, 8 x 8704 tokens, 8 heads of 128, int8 with
+// A warp takes kTokens tokens of keys or of values, with all their heads, as far as prefill reads
+// them; the others are left as they are. H200, 8 x 8704 tokens, 8 heads of 128, int8 with
 // a scale for each: keys and values to bfloat16 in 117 us.
 #include <algorithm>
 
 #include "../decode/fragments.cuh"
+#include "mask.cuh"
 #include "params.h"
+#include "rows.cuh"
 
 namespace jax_fa::widen {
 namespace {
 
 constexpr int kWarps = 4, kTokens = 8;
-constexpr int kLaneDims = 8;       // of a lane at once
-constexpr int kLongestTile = 256;  // prefill reads keys in tiles that begin before what is seen
+constexpr int kLaneDims = 8;  // of a lane at once
+constexpr int kMargin = 512;  // at least the queries and the keys of a tile of any prefill kernel
 
 struct Source {
   KvTensor x;
@@ -30,17 +32,19 @@ __host__ __device__ int chunks_of(const KvTensor& x) {
   return (x.tokens + kWarps * kTokens - 1) / (kWarps * kTokens);
 }
 
-// The tokens of an array's row that queries of one of its batch rows may see: [first, end).
-__device__ int2 seen_tokens(const AttentionParams& p, int row, int rows) {
+// The tokens of an array's row that may lie in a tile of keys with one that a query of its batch
+// rows sees: [first, end). All of a warp's lanes call it.
+__device__ int2 read_tokens(const AttentionParams& p, int row, int rows) {
   int first = INT_MAX, end = 0;
-  for (int b = row; b < p.batch; b += rows) {
-    const int len_q = p.q_length ? p.q_length[b] : p.len_q;
-    const int len_kv = p.kv.length ? p.kv.length[b] : p.kv.len_kv;
-    const int diagonal = p.top_left ? 0 : len_kv - len_q;
-    first = min(first, p.window_left < 0 ? 0 : diagonal - p.window_left);
-    end = max(end, len_kv);
+  for (int b = row + threadIdx.x % 32 * rows; b < p.batch; b += 32 * rows) {
+    const int len_q = row_len_q(p, b), len_kv = row_len_kv(p, b);
+    if (len_q == 0) continue;
+    const IntervalMask mask(len_q, len_kv, p.window_left, p.window_right, p.top_left);
+    first = min(first, mask.lo(0) - kMargin);
+    end = max(end, min(mask.hi(len_q - 1) + kMargin, len_kv));
   }
-  return {max(first - kLongestTile, 0), min(end, p.kv.len_kv)};
+  first = __reduce_min_sync(0xffffffff, first);
+  return {max(first, 0), __reduce_max_sync(0xffffffff, end)};
 }
 
 template <DType kFormat, DType kDType>
@@ -95,9 +99,9 @@ __global__ void __launch_bounds__(kWarps * 32)
   const KvTensor& x = source.x;
   const int chunks = chunks_of(x), row = blockIdx.x / chunks;
   if (row >= x.rows) return;
-  const int2 seen = seen_tokens(p, row, x.rows);
+  const int2 read = read_tokens(p, row, x.rows);
   const int token0 = (blockIdx.x % chunks * kWarps + threadIdx.x / 32) * kTokens;
-  const int begin = max(token0, seen.x) - token0, end = min(token0 + kTokens, seen.y) - token0;
+  const int begin = max(token0, read.x) - token0, end = min(token0 + kTokens, read.y) - token0;
   if (begin >= end) return;
   const auto run = [&]<DType kFormat>() {
     widen_tokens<kFormat, kDType>(source, p.heads_kv, row, token0, begin, end);
