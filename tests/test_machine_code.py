@@ -127,6 +127,10 @@ def test_hopper_forward_multiplies_and_copies_as_written(dim, dim_v, kind, dtype
     # a group of products each, waited for once: else they would run one by one; of bytes there are
     # those of two formats
     assert sum("gsb0" in p for p in products) == 2 + (kind == "bytes")
+    # one copy of each step: warps of a warpgroup leave the loop one by one, and yet run the same
+    # products
+    groups = sum("gsb0" in p for p in _products(instructions))
+    assert groups == (9 if kind == "bytes" else 6)
     count = _count(_loop_with(instructions, "HGMMA"))
     if kind == "dropout":  # two comparisons of each word of p at once
         assert count["HSET2"] >= 16
