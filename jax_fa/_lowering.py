@@ -10,10 +10,10 @@ from . import _jax_fa, _layout, _limits
 
 # Those that no kernel covers run through the reference on CUDA too; of others that is an error.
 BACKWARD = ("jax_fa_fwd_bwd", "jax_fa_varlen_bwd")
-# Tiles of queries for each key head from which a copy of keys and values in q's dtype pays, the
-# latter where products would take keys as they are, without scales, and its largest size. Measured
-# on an H200.
-_WIDE_READERS, _WIDE_READERS_OF_BYTES, _MOST_WIDE_BYTES = 8, 32, 2 << 30
+# From so many tiles of queries for each key head on, a copy of 8-bit keys and values costs less
+# than widening them for every tile (H200); fp8 keys that products take as they are need none.
+_WIDE_READERS, _WIDE_READERS_OF_BYTES = 8, 32
+_MOST_WIDE_BYTES = 2 << 30
 _LAYOUTS = (_layout.SEPARATE, _layout.KV_PACKED, _layout.QKV_PACKED)
 
 
@@ -165,8 +165,9 @@ def widens(operands, static):
     readers = -(-len_q // 128) * (heads // k.shape[2]) * (batch // max(k.shape[0], 1))
     size = q.dtype.itemsize * (math.prod(k.shape) + math.prod(v.shape))
     extras = ("k_scale", "v_scale", "slopes", "bias")
-    plain = all(operands[name].shape == (0,) for name in extras)
-    plain = plain and static["scale"] > 0 and not static["softcap"]
+    plain = static["scale"] > 0 and not static["softcap"]
+    plain = plain and all(operands[name].shape == (0,) for name in extras)
+    # as fwd_sm90_multiplies_bytes in cuda/sm90/tiles.h
     as_bytes = plain and has_fp8_keys(operands) and 96 < max(k.shape[-1], v.shape[-1]) <= 128
     least = _WIDE_READERS_OF_BYTES if as_bytes else _WIDE_READERS
     return readers >= least and size <= _MOST_WIDE_BYTES

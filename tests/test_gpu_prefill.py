@@ -204,6 +204,12 @@ def _with_a_sink(rng, shape, dtype, jump, rows):
     return tuple(jnp.asarray(x, jnp.dtype(dtype)) for x in (q, k, v))
 
 
+def same_bits_of(rows, actual, expected):
+    """Of out and lse, at those queries."""
+    for x, y, axis in zip(actual, expected, (1, 2), strict=True):
+        same_bits(jnp.take(x, rows, axis), jnp.take(y, rows, axis))
+
+
 # Kernels on Hopper look for a maximum in the last keys and follow it on the way to the first. One
 # more than 43 below a score has them begin again, and probabilities in float16 are taken down where
 # it is more than 10 below.
@@ -234,8 +240,7 @@ def test_first_keys_with_the_largest_scores(head_dim, dtype, names, jump, rng):
     others = np.setdiff1d(np.arange(400), ROWS)
     calm, _, _ = _with_a_sink(np.random.default_rng(0), shape, dtype, 0.0, ROWS)
     calm = jnp.where(np.isin(np.arange(400), ROWS)[:, None, None], calm, q)
-    for x, y, axis in zip((out, lse), run_dense(calm, k, v, options), (1, 2), strict=True):
-        same_bits(jnp.take(x, others, axis), jnp.take(y, others, axis))
+    same_bits_of(others, (out, lse), run_dense(calm, k, v, options))
 
 
 @pytest.mark.parametrize("jump", [12.0, 90.0])
@@ -255,8 +260,7 @@ def test_first_keys_of_8_bits_with_the_largest_scores(head_dim, dtype, cache, ju
     )
     others = np.setdiff1d(np.arange(400), ROWS)
     calm = q.at[:, ROWS].set(q[:, 1:2])
-    for x, y, axis in zip((out, lse), run_dense(calm, k, v, {"causal": True}), (1, 2), strict=True):
-        same_bits(jnp.take(x, others, axis), jnp.take(y, others, axis))
+    same_bits_of(others, (out, lse), run_dense(calm, k, v, {"causal": True}))
 
 
 @pytest.mark.parametrize("names", [(), ("causal",), ("causal", "dropout")], ids=str)
@@ -291,8 +295,7 @@ def test_scores_that_climb(head_dim, dtype, cache, names, rng):
     )
     others = np.flatnonzero(rise == 0)
     calm = jnp.where((rise == 0)[:, None, None], q, q[:, others[:1]])
-    for x, y, axis in zip((out, lse), run_dense(calm, k, v, options), (1, 2), strict=True):
-        same_bits(jnp.take(x, others, axis), jnp.take(y, others, axis))
+    same_bits_of(others, (out, lse), run_dense(calm, k, v, options))
 
 
 @pytest.mark.parametrize("cache", [None, "float8_e4m3fn", "int8"])

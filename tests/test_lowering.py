@@ -149,10 +149,8 @@ def test_many_queries_read_a_copy_of_8_bits(queries, dtypes, keys, copies):
             jax_fa.QuantizedArray(x, scale) if x.dtype.itemsize == 1 else x
             for x, scale in zip(arrays[::2], arrays[1::2])
         )
-        one = lambda q: jax_fa.flash_attention(q, k, v)  # noqa: E731
-        if q.shape[0] == batch:
-            return one(q)
-        return jax.vmap(one)(q.reshape(-1, batch, *q.shape[1:]))
+        sharing = q.reshape(-1, batch, *q.shape[1:])
+        return jax.vmap(lambda q: jax_fa.flash_attention(q, k, v))(sharing)
 
     args = avals(queries)
     for dtype in dtypes:
@@ -168,10 +166,13 @@ def test_many_queries_read_a_copy_of_8_bits(queries, dtypes, keys, copies):
 
 
 def test_explain_of_no_batch_row_of_8_bits():
-    q, values = avals((0, 512, 16, 64))[0], avals((0, 512, 2, 64), dtype=jnp.int8)[0]
-    fn = lambda q, x: jax_fa.flash_attention(q, x, x)  # noqa: E731
+    def fn(q, x):
+        return jax_fa.flash_attention(q, x, x)
+
+    values = jax.ShapeDtypeStruct((0, 512, 2, 64), jnp.int8)
     scale = jax.ShapeDtypeStruct((0, 2, 512, 1), jnp.float32)
-    (call,) = jax_fa.explain(fn, q, jax_fa.QuantizedArray(values, scale), device="h200")
+    keys = jax_fa.QuantizedArray(values, scale)
+    (call,) = jax_fa.explain(fn, *avals((0, 512, 16, 64)), keys, device="h200")
     assert call.kernel == "sm90/fwd"
 
 
