@@ -313,7 +313,7 @@ ffi::Error fwd(cudaStream_t stream, In q, In k, In v, In k_scale, In v_scale, In
                             seeds, *o, *lse, attrs);
   p.next_tile = reinterpret_cast<int*>(next_tile->untyped_data());
   if (!absent(*wide_k)) {
-    return to_error(run_widened(p, wide_k->untyped_data(), wide_v->untyped_data(), stream));
+    return to_error(run_copied(p, wide_k->untyped_data(), wide_v->untyped_data(), stream));
   }
   return to_error(run_attention(Operation::kPrefill, p, {}, stream));
 }
@@ -584,6 +584,15 @@ NB_MODULE(_jax_fa, m) {
   m.def("dq_sum_size", &dq_sum_size, nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
         nb::arg("heads_q"), nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("element_bytes"),
         nb::arg("deterministic"));
+  // Of a prefill that copies keys and values of 8 bits: ints of scratch, tokens of a row's copy.
+  m.def(
+      "copy_scratch",
+      [](int rows, int tokens, int heads_kv, int head_dim, int head_dim_v) {
+        const CopyScratch scratch = copy_scratch(rows, tokens, heads_kv, head_dim, head_dim_v);
+        return nb::make_tuple(scratch.units, scratch.tokens);
+      },
+      nb::arg("rows"), nb::arg("tokens"), nb::arg("heads_kv"), nb::arg("head_dim"),
+      nb::arg("head_dim_v"));
   // What kernels compute on the device, for tests on the host.
   m.def(
       "visible_keys",
@@ -648,18 +657,18 @@ NB_MODULE(_jax_fa, m) {
       [](const std::string& operation, int batch, int len_q, int total_q, int max_len_kv,
          int heads_q, int heads_kv, int head_dim, int head_dim_v, int element_bytes, int kv_bytes,
          bool general, bool bias, bool masked, double dropout_rate, bool grouped, bool fp8_keys,
-         int page_size, int capability, int sms, bool exact, int shared_kb) {
+         bool copied, int page_size, int capability, int sms, bool exact, int shared_kb) {
         return to_dict(plan_of(operation, batch, len_q, total_q, max_len_kv, heads_q, heads_kv,
                                head_dim, head_dim_v, element_bytes, kv_bytes,
-                               {general, bias, masked, dropout_rate, grouped, fp8_keys, page_size,
-                                capability, sms, exact, shared_kb}));
+                               {general, bias, masked, dropout_rate, grouped, fp8_keys, copied,
+                                page_size, capability, sms, exact, shared_kb}));
       },
       nb::arg("operation"), nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
       nb::arg("max_len_kv"), nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"),
       nb::arg("head_dim_v"), nb::arg("element_bytes"), nb::arg("kv_bytes"), nb::arg("general"),
       nb::arg("bias"), nb::arg("masked"), nb::arg("dropout_rate"), nb::arg("grouped"),
-      nb::arg("fp8_keys"), nb::arg("page_size"), nb::arg("capability"), nb::arg("sms"),
-      nb::arg("exact"), nb::arg("shared_kb"));
+      nb::arg("fp8_keys"), nb::arg("copied"), nb::arg("page_size"), nb::arg("capability"),
+      nb::arg("sms"), nb::arg("exact"), nb::arg("shared_kb"));
   m.def(
       "plan_backward",
       [](int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv, int head_dim,
@@ -667,8 +676,8 @@ NB_MODULE(_jax_fa, m) {
          bool masked, double dropout_rate, int capability, int sms, bool exact, int shared_kb) {
         return to_dict(plan_of_backward(batch, len_q, total_q, len_kv, heads_q, heads_kv, head_dim,
                                         head_dim_v, element_bytes, deterministic,
-                                        {general, bias, masked, dropout_rate, false, false, 0,
-                                         capability, sms, exact, shared_kb}));
+                                        {general, bias, masked, dropout_rate, false, false, false,
+                                         0, capability, sms, exact, shared_kb}));
       },
       nb::kw_only(), nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"), nb::arg("len_kv"),
       nb::arg("heads_q"), nb::arg("heads_kv"), nb::arg("head_dim"), nb::arg("head_dim_v"),

@@ -153,9 +153,12 @@ template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
 
 // cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h), on the tiles of keys
-// and of values that fwd_sm90_dim_v names.
+// and of values that fwd_sm90_dim_v names. `copied` (cache/copied.h): what it makes keys and values
+// from first, if they are not there.
+struct CopiedCache;
 template <int kHeadDim, int kHeadDimV, DType kDType>
-cudaError_t launch_fwd_sm90(const AttentionParams& params, cudaStream_t stream);
+cudaError_t launch_fwd_sm90(const AttentionParams& params, const CopiedCache& copied,
+                            cudaStream_t stream);
 
 // cuda/float32/attention.cu: attention and gradients in float32 on no tensor core, for
 // params.exact, every feature but the gradient of bias; the backward needs `rows` (below) to have
@@ -196,8 +199,9 @@ cudaError_t launch_combine(const AttentionParams& params, const SplitScratch& sc
 // cuda/cache/append.cu
 cudaError_t launch_append(const AppendParams& params, cudaStream_t stream);
 
-// cuda/cache/widen.cu: dense keys and values of 8 bits to k and v, [rows, tokens, heads_kv, dim],
-// contiguous, of the queries' type; tokens that no tile of prefill has may stay as they are.
-cudaError_t launch_widen(const AttentionParams& params, void* k, void* v, cudaStream_t stream);
+// cuda/cache/widen.cu: dense keys and values of 8 bits to copies of the queries' type, those of
+// `params`; tokens that no tile of prefill has may stay as they are.
+cudaError_t launch_widen(const AttentionParams& params, const CopiedCache& copied,
+                         cudaStream_t stream);
 
 }  // namespace jax_fa

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "cache/copied.h"
 #include "float32/tiles.h"
 #include "sm80/bwd_tiles.h"
 #include "sm80/tiles.h"
@@ -83,6 +84,24 @@ bool runs_hopper_kernel(const AttentionParams& p, int capability) {
   return runs_hopper(capability) && fwd_sm90_covers(p, tile_dim_of(p));
 }
 
+cudaError_t run_hopper_kernel(const AttentionParams& p, const CopiedCache& copied,
+                              cudaStream_t stream) {
+#if JAX_FA_SM90
+  return with_tile(tile_dim_of(p), [&]<int kDim>() {
+    const auto run = [&]<int kDimV>() {
+      return p.dtype == DType::kBF16 ? launch_fwd_sm90<kDim, kDimV, DType::kBF16>(p, copied, stream)
+                                     : launch_fwd_sm90<kDim, kDimV, DType::kF16>(p, copied, stream);
+    };
+    if constexpr (kDim == kFwdDimOfNarrowValues) {
+      if (fwd_sm90_dim_v(p, kDim) < kDim) return run.template operator()<kFwdNarrowValues>();
+    }
+    return run.template operator()<kDim>();
+  });
+#else
+  return cudaErrorInvalidValue;
+#endif
+}
+
 bool runs_hopper_backward(const BackwardParams& p, int tile_dim, int capability) {
   return runs_hopper(capability) && bwd_sm90_covers(p, tile_dim);
 }
@@ -149,13 +168,25 @@ cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStrea
   });
 }
 
-// Of the same rows and tokens as x, without scales.
-KvTensor contiguous(const KvTensor& x, const void* data, int heads, int dim, DType dtype) {
+CopyUnits copy_units(int rows, int tokens, int heads_kv, int head_dim, int head_dim_v) {
+  return {rows, tokens, heads_kv, std::max(head_dim, head_dim_v)};
+}
+
+// Whether the launch that reads copies makes them.
+bool copies_meanwhile(const AttentionParams& p, const CopiedCache& copied) {
+  const int tile_dim = tile_dim_of(p);
+  return p.k.rows == p.v.rows && runs_hopper_kernel(p, current_capability()) &&
+         fwd_sm90_widens(copied.k, p.head_dim) && fwd_sm90_widens(copied.v, p.head_dim_v) &&
+         fwd_sm90_copies(p, tile_dim, fwd_sm90_dim_v(p, tile_dim));
+}
+
+// Of the same rows and tokens as x, without scales. Rows lie copied_tokens apart.
+KvTensor copy_of(const KvTensor& x, const void* data, int heads, int dim, DType dtype) {
   KvTensor out{};
   out.data = data;
   out.head_stride = dim;
   out.token_stride = int64_t(heads) * dim;
-  out.row_stride = x.tokens * out.token_stride;
+  out.row_stride = copied_tokens(x.tokens) * out.token_stride;
   out.rows = x.rows;
   out.tokens = x.tokens;
   out.dtype = dtype;
@@ -205,20 +236,7 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
                                      : launch_decode<kDim, DType::kF16>(p, scratch, stream);
     });
   }
-#if JAX_FA_SM90
-  if (runs_hopper_kernel(p, current_capability())) {
-    return with_tile(tile_dim, [&]<int kDim>() {
-      const auto run = [&]<int kDimV>() {
-        return p.dtype == DType::kBF16 ? launch_fwd_sm90<kDim, kDimV, DType::kBF16>(p, stream)
-                                       : launch_fwd_sm90<kDim, kDimV, DType::kF16>(p, stream);
-      };
-      if constexpr (kDim == kFwdDimOfNarrowValues) {
-        if (fwd_sm90_dim_v(p, kDim) < kDim) return run.template operator()<kFwdNarrowValues>();
-      }
-      return run.template operator()<kDim>();
-    });
-  }
-#endif
+  if (runs_hopper_kernel(p, current_capability())) return run_hopper_kernel(p, {}, stream);
   if (p.dtype == DType::kF32) {
     return with_tile(tile_dim,
                      [&]<int kDim>() { return launch_fwd_sm80<kDim, DType::kF32>(p, stream); });
@@ -233,13 +251,27 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
       kTiles);
 }
 
-cudaError_t run_widened(const AttentionParams& params, void* k, void* v, cudaStream_t stream) {
-  const cudaError_t status = launch_widen(params, k, v, stream);
-  if (status != cudaSuccess) return status;
+cudaError_t run_copied(const AttentionParams& params, void* k, void* v, cudaStream_t stream) {
   AttentionParams p = params;
-  p.k = contiguous(params.k, k, p.heads_kv, p.head_dim, p.dtype);
-  p.v = contiguous(params.v, v, p.heads_kv, p.head_dim_v, p.dtype);
-  return run_attention(Operation::kPrefill, p, {}, stream);
+  p.k = copy_of(params.k, k, p.heads_kv, p.head_dim, p.dtype);
+  p.v = copy_of(params.v, v, p.heads_kv, p.head_dim_v, p.dtype);
+  CopiedCache copied;
+  copied.k = params.k;
+  copied.v = params.v;
+  if (!copied.suits(p.head_dim, p.head_dim_v)) return cudaErrorInvalidValue;
+  if (copies_meanwhile(p, copied)) {
+    copied.units = copy_units(p.k.rows, p.k.tokens, p.heads_kv, p.head_dim, p.head_dim_v);
+    copied.taken = p.next_tile + 2;
+    copied.copied = copied.taken + 1;
+    return run_hopper_kernel(p, copied, stream);
+  }
+  const cudaError_t status = launch_widen(p, copied, stream);
+  return status == cudaSuccess ? run_attention(Operation::kPrefill, p, {}, stream) : status;
+}
+
+CopyScratch copy_scratch(int rows, int tokens, int heads_kv, int head_dim, int head_dim_v) {
+  const CopyUnits units = copy_units(rows, tokens, heads_kv, head_dim, head_dim_v);
+  return {1 + units.total(), copied_tokens(tokens)};
 }
 
 int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int head_dim_v,
@@ -371,9 +403,9 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   p.head_dim_v = head_dim_v;
   p.kv.len_kv = max_len_kv;
   p.dtype = dtype;
-  p.k.dtype = kv_bytes <= 1 ? DType::kInt8 : dtype;
-  p.v.dtype = kv_bytes == 1 ? DType::kInt8 : dtype;
-  if (options.fp8_keys) {
+  p.k.dtype = kv_bytes <= 1 && !options.copied ? DType::kInt8 : dtype;
+  p.v.dtype = kv_bytes == 1 && !options.copied ? DType::kInt8 : dtype;
+  if (options.fp8_keys && !options.copied) {
     p.dtype = DType::kBF16;
     p.k.dtype = DType::kE4M3;
   }
@@ -394,11 +426,15 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   }
   if (runs_hopper_kernel(p, options.capability)) {
     const int tile_dim_v = fwd_sm90_dim_v(p, tile_dim);
-    const FwdClass kind = fwd_sm90_class(p, tile_dim, tile_dim_v);
+    const bool copies = options.copied && kv_bytes == 1 && fwd_sm90_copies(p, tile_dim, tile_dim_v);
+    const FwdClass kind = copies ? FwdClass::kCopies : fwd_sm90_class(p, tile_dim, tile_dim_v);
     const HopperTile tile = fwd_sm90_tile(tile_dim, tile_dim_v, kind);
-    const int warps = (tile.m / 64 + tile.dequantizers + 1) * 4;
-    const int64_t tiles = fwd_sm90_order(p, tile).total;
-    return {hybrid ? "decode, sm90/fwd" : "sm90/fwd",
+    const int warps = (tile.m / 64 + tile.dequantizers + copies + 1) * 4;
+    const int64_t tiles = copies ? options.sms : fwd_sm90_order(p, tile).total;
+    return {hybrid           ? "decode, sm90/fwd"
+            : copies         ? "sm90/fwd, copying"
+            : options.copied ? "widen, sm90/fwd"
+                             : "sm90/fwd",
             tile.m,
             tile.n,
             tile_dim,
@@ -409,7 +445,9 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
   const bool general =
       options.general || options.bias || options.dropout_rate > 0 || fwd_sm80_quantized(p);
   const FwdTile tile = fwd_sm80_tile(tile_dim, dtype, general);
-  return {hybrid ? "decode, sm80/fwd" : "sm80/fwd",
+  return {hybrid           ? "decode, sm80/fwd"
+          : options.copied ? "widen, sm80/fwd"
+                           : "sm80/fwd",
           tile.m,
           tile.n,
           tile_dim,

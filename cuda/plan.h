@@ -39,6 +39,7 @@ struct PlanOptions {
   double dropout_rate;         // 0: none
   bool grouped;                // decode: elements of a key have several scales
   bool fp8_keys;   // prefill of bfloat16: keys of fp8 and values suit products with bytes
+  bool copied;     // prefill: keys and values of 8 bits are copied to the queries' type
   int page_size;   // 0: contiguous keys
   int capability;  // of the device, 10 * major + minor
   int64_t sms;
@@ -68,9 +69,14 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
 
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream);
 
-// Dense prefill over keys and values of 8 bits by way of `k` and `v`, scratch for them in the
-// queries' type.
-cudaError_t run_widened(const AttentionParams& params, void* k, void* v, cudaStream_t stream);
+// Dense prefill over keys and values of 8 bits by way of `k` and `v`, scratch for copies of them in
+// the queries' type, [rows, tokens, heads_kv, dim]. The scratch of params.next_tile has `units`
+// more ints at its end.
+struct CopyScratch {
+  int units, tokens;
+};
+cudaError_t run_copied(const AttentionParams& params, void* k, void* v, cudaStream_t stream);
+CopyScratch copy_scratch(int rows, int tokens, int heads_kv, int head_dim, int head_dim_v);
 
 cudaError_t run_attention(Operation operation, const AttentionParams& params,
                           const SplitScratch& scratch, cudaStream_t stream);

@@ -249,6 +249,12 @@ __device__ __forceinline__ void load_shared_v4(uint32_t (&x)[4], uint32_t addres
                : "memory");
 }
 
+__device__ __forceinline__ uint2 load_shared_v2(uint32_t address) {
+  uint2 x;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }

@@ -10,14 +10,13 @@ from . import _jax_fa, _layout, _limits
 from ._lowering import (
     BACKWARD,
     as_decode,
-    as_wide,
     cache_length,
+    copies,
     decode_key_bytes,
     decodes,
     has_fp8_keys,
     has_groups,
     prefill_key_bytes,
-    widens,
 )
 from ._primitives import OPERATIONS
 
@@ -68,8 +67,9 @@ class Call:
       primitive: Its name in the jaxpr and the HLO.
       count: How often it runs: the trip counts of the scans around it.
       kernel: The kernel (of a gradient those of the matrix products, and the tile is the first
-        one's; "widen, ..." where it reads a copy of 8-bit keys and values in q's dtype), or
-        "reference" for what runs through XLA.
+        one's; "..., copying" where it writes a copy of 8-bit keys and values in q's dtype that it
+        reads, "widen, ..." where a launch before it does), or "reference" for what runs through
+        XLA.
       reason: Why it is the reference or has no kernel; else empty.
       tile: Queries (decode: heads times tokens), keys and dims of a tile; None without a kernel.
       warps: Warps of a block.
@@ -172,13 +172,8 @@ def _explain(eqn, count, peak):
         called = name, x, static
         if name == "jax_fa_fwd" and decodes(x, static):
             called = "jax_fa_decode", *as_decode(x, static)
-        wide = called[0] == "jax_fa_fwd" and widens(x, static)
-        if wide:
-            called = name, as_wide(x), static
         shape = _plan_shape(*called)
         plan = _jax_fa.plan(_OPERATION[called[0]], **shape, **_limits_of(peak))
-        if wide:
-            plan["kernel"] = f"widen, {plan['kernel']}"
     roofline = math.nan
     if peak is not None:
         rate = peak.tflops_tf32 if x["k"].dtype == np.float32 else peak.tflops
@@ -226,6 +221,7 @@ def _plan_shape(name, x, static):
         "dropout_rate": static.get("dropout_rate", 0.0),
         "grouped": False,
         "fp8_keys": has_fp8_keys(x),
+        "copied": name == "jax_fa_fwd" and copies(x, static),
         "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
     }
     if name == "jax_fa_fwd":

@@ -25,6 +25,9 @@ def packed_scratch(
     max_len_kv: int,
     split_size: int,
 ) -> tuple[int, int]: ...
+def copy_scratch(
+    rows: int, tokens: int, heads_kv: int, head_dim: int, head_dim_v: int
+) -> tuple[int, int]: ...
 def dq_sum_size(
     batch: int,
     len_q: int,
@@ -84,6 +87,7 @@ def plan(
     dropout_rate: float,
     grouped: bool,
     fp8_keys: bool,
+    copied: bool,
     page_size: int,
     capability: int,
     sms: int,

@@ -12,8 +12,9 @@ from . import _jax_fa, _layout, _limits
 BACKWARD = ("jax_fa_fwd_bwd", "jax_fa_varlen_bwd")
 # From so many tiles of queries for each key head on, a copy of 8-bit keys and values costs less
 # than widening them for every tile (H200); fp8 keys that products take as they are need none.
-_WIDE_READERS, _WIDE_READERS_OF_BYTES = 8, 32
-_MOST_WIDE_BYTES = 2 << 30
+_READERS_OF_COPIES, _READERS_OF_BYTES = 8, 16
+_MOST_COPIED_BYTES = 2 << 30
+_TAKEN = 2  # counts of tiles and of tasks that blocks of a launch have taken
 _LAYOUTS = (_layout.SEPARATE, _layout.KV_PACKED, _layout.QKV_PACKED)
 
 
@@ -73,12 +74,10 @@ def _ffi_call(op, operands, static):
     wanted = list(range(len(results)))
     if op.name == "jax_fa_decode":
         results += _decode_scratch(operands)
-    elif op.name in ("jax_fa_fwd", "jax_fa_varlen_fwd", "jax_fa_hybrid"):
-        results.append(jax.ShapeDtypeStruct((2,), np.int32))  # tiles, tasks that were taken
-    if op.name == "jax_fa_fwd":
-        wide = as_wide(operands) if widens(operands, static) else {}
-        absent = jax.ShapeDtypeStruct((0,), np.float32)
-        results += [wide.get(name, absent) for name in "kv"]
+    elif op.name == "jax_fa_fwd":
+        results += _prefill_scratch(operands, static)
+    elif op.name in ("jax_fa_varlen_fwd", "jax_fa_hybrid"):
+        results.append(jax.ShapeDtypeStruct((_TAKEN,), np.int32))
     if op.name == "jax_fa_hybrid":
         results += _hybrid_scratch(operands, static["split_size"])
     if op.name in BACKWARD:
@@ -148,11 +147,11 @@ def as_decode(operands, static):
     )
 
 
-def widens(operands, static):
-    """Whether a dense call turns 8-bit keys and values into arrays of q's dtype first.
+def copies(operands, static):
+    """Whether a dense call copies 8-bit keys and values to arrays of q's dtype.
 
     Prefill kernels widen a tile of keys for every tile of queries that reads it, which costs more
-    than doing it once where those are many (cuda/cache/widen.cu).
+    than doing it once where those are many (cuda/cache/copied.h).
     """
     q, k, v = (operands[name] for name in "qkv")
     if not all(isinstance(size, int) for size in q.shape + k.shape + v.shape):  # symbolic
@@ -169,15 +168,21 @@ def widens(operands, static):
     plain = plain and all(operands[name].shape == (0,) for name in extras)
     # as fwd_sm90_multiplies_bytes in cuda/sm90/tiles.h
     as_bytes = plain and has_fp8_keys(operands) and 96 < max(k.shape[-1], v.shape[-1]) <= 128
-    least = _WIDE_READERS_OF_BYTES if as_bytes else _WIDE_READERS
-    return readers >= least and size <= _MOST_WIDE_BYTES
+    least = _READERS_OF_BYTES if as_bytes else _READERS_OF_COPIES
+    return readers >= least and size <= _MOST_COPIED_BYTES
 
 
-def as_wide(operands):
-    """Operands, as shapes, of the prefill that follows."""
-    q, none = operands["q"], jax.ShapeDtypeStruct((0,), np.float32)
-    wide = {name: jax.ShapeDtypeStruct(operands[name].shape, q.dtype) for name in "kv"}
-    return operands | wide | {"k_scale": none, "v_scale": none}
+def _prefill_scratch(operands, static):
+    """What launches count, and a call's copies of keys and values."""
+    if not copies(operands, static):
+        absent = jax.ShapeDtypeStruct((0,), np.float32)
+        return [jax.ShapeDtypeStruct((_TAKEN,), np.int32), absent, absent]
+    q, k, v = (operands[name] for name in "qkv")
+    units, tokens = _jax_fa.copy_scratch(*k.shape, v.shape[-1])
+    wide = [
+        jax.ShapeDtypeStruct((x.shape[0], tokens, *x.shape[2:]), q.dtype) for x in (k, v)
+    ]  # fmt: skip
+    return [jax.ShapeDtypeStruct((_TAKEN + units,), np.int32), *wide]
 
 
 def _decode_scratch(operands):

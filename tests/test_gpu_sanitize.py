@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from gpu import DTYPES, check, check_decode, check_dense, check_hybrid, filled, new_cache
+from gpu import (
+    DTYPES,
+    check,
+    check_decode,
+    check_dense,
+    check_hybrid,
+    filled,
+    new_cache,
+    run_dense,
+)
 
 import jax_fa
 
@@ -75,3 +84,18 @@ def test_sanitize_prefill_over_8_bits(kind, dtype, granularity, rng):
     q = cases.normal(rng, 90, 2, 128, dtype=jnp.bfloat16)
     actual = jax_fa.hybrid_attention(q, *cache, cu, lengths, return_lse=True, **maps)
     check_hybrid(actual, q, wide, cu, lengths, maps)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype, dim", [("int8", 128), ("float8_e4m3fn", 96), ("float8_e5m2", 64)])
+def test_sanitize_copies_of_8_bits(dtype, dim, rng):
+    shape = cases.Shape(2, 130, 301, 16, 2, dim)
+    options = cases.options_of(("causal", "kv_lengths"), rng, shape)
+    q, k, v = cases.qkv(rng, shape, jnp.bfloat16)
+    k, v = jax_fa.quantize(k, dtype), jax_fa.quantize(v, dtype, "group", 16)
+    wide = [reference.dequantize(x.values, x.scale) for x in (k, v)]
+    check(
+        run_dense(q, k, v, options),
+        lambda rounded: reference.attention(q, *wide, rounded=rounded, **options),
+        "bfloat16",
+    )

@@ -501,3 +501,16 @@ def test_explain_of_caches_with_wide_heads_names_the_prefill_kernel():
 def test_explain_of_an_unknown_device_lists_those_known():
     with pytest.raises(ValueError, match="h200.*got 'b200'"):
         jax_fa.explain(lambda: None, device="b200")
+
+
+@pytest.mark.parametrize(
+    "rows, tokens, heads, dims, units",
+    [
+        (2, 301, 3, (96, 64), 2 * 5 * 2 * 2),  # chunks of 64 tokens, keys and values, 2 + 1 heads
+        (1, 64, 8, (128, 128), 2 * 4),
+        (3, 65, 1, (16, 256), 3 * 2 * 2),
+        (0, 64, 8, (128, 128), 0),
+    ],
+)
+def test_scratch_of_copies_of_8_bits(rows, tokens, heads, dims, units):
+    assert _jax_fa.copy_scratch(rows, tokens, heads, *dims) == (1 + units, -(-tokens // 8) * 8)

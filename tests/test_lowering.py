@@ -126,21 +126,23 @@ def test_packed_buffers_are_bound_as_they_are():
 
 
 @pytest.mark.parametrize(
-    "queries, dtypes, keys, copies",
+    "queries, dtypes, keys, kernel",
     [
-        ((2, 128, 16, 64), ("int8", "int8"), 512, True),
-        ((2, 1024, 2, 64), ("int8", "float8_e4m3fn"), 512, True),
-        ((16, 1, 128, 64), ("int8", "int8"), 512, True),  # queries of 8 that share keys
-        ((2, 127, 14, 64), ("int8", "int8"), 512, False),
-        ((2, 1024, 16, 64), ("int8", "bfloat16"), 512, False),
-        ((2, 128, 16, 64), ("int8", "int8"), 1 << 23, False),  # 4 GiB
-        ((2, 1024, 2, 128), ("float8_e5m2", "float8_e5m2"), 512, False),
-        ((2, 1024, 2, 96), ("float8_e5m2", "float8_e5m2"), 512, True),
-        ((2, 1024, 8, 128), ("float8_e5m2", "float8_e5m2"), 512, True),
+        ((2, 128, 16, 64), ("int8", "int8"), 512, "widen, sm90/fwd"),
+        ((2, 1024, 2, 64), ("int8", "float8_e4m3fn"), 512, "widen, sm90/fwd"),
+        ((2, 128, 16, 72), ("int8", "int8"), 510, "widen, sm90/fwd"),
+        ((2, 128, 16, 80), ("int8", "int8"), 510, "sm90/fwd, copying"),
+        ((16, 1, 128, 96), ("int8", "int8"), 512, "sm90/fwd, copying"),  # 8 queries share keys
+        ((2, 127, 14, 64), ("int8", "int8"), 512, "sm90/fwd"),
+        ((2, 1024, 16, 64), ("int8", "bfloat16"), 512, "sm80/fwd"),
+        ((2, 128, 16, 64), ("int8", "int8"), 1 << 23, "sm90/fwd"),  # 4 GiB
+        ((2, 896, 2, 128), ("float8_e5m2", "float8_e5m2"), 512, "sm90/fwd"),
+        ((2, 1024, 2, 96), ("float8_e5m2", "float8_e5m2"), 512, "sm90/fwd, copying"),
+        ((2, 1024, 4, 128), ("float8_e5m2", "float8_e5m2"), 512, "sm90/fwd, copying"),
     ],
     ids=str,
 )
-def test_many_queries_read_a_copy_of_8_bits(queries, dtypes, keys, copies):
+def test_many_queries_read_a_copy_of_8_bits(queries, dtypes, keys, kernel):
     batch, dim = 2, queries[-1]
     shape = batch, keys, 2, dim
 
@@ -159,10 +161,13 @@ def test_many_queries_read_a_copy_of_8_bits(queries, dtypes, keys, copies):
         args += [*avals(shape, dtype=dtype), scale]
     text = lower(fn, *args)
     assert calls(text) == ["jax_fa_fwd"]
-    wide = "tensor<{}xbf16>, tensor<{}xbf16>)".format(*["x".join(map(str, shape))] * 2)
-    assert (wide in text) == copies
+    padded = "x".join(map(str, (batch, -(-keys // 8) * 8, 2, dim)))
+    copies = "," in kernel
+    assert (f"tensor<{padded}xbf16>, tensor<{padded}xbf16>)" in text) == copies
     (call,) = jax_fa.explain(fn, *args, device="h200")
-    assert call.kernel.startswith("widen, ") == copies
+    assert call.kernel == kernel
+    (call,) = jax_fa.explain(fn, *args, device="a100")
+    assert call.kernel == ("widen, sm80/fwd" if copies else "sm80/fwd")
 
 
 def test_explain_of_no_batch_row_of_8_bits():

@@ -1,32 +1,20 @@
 // Keys and values of 8 bits to arrays of the queries' type, once for all tiles of queries that a
-// prefill reads them with. Each product with a scale is rounded once.
+// prefill reads them with, where its launch does not do that meanwhile (sm90/copier.cuh).
 //
 // A warp takes kTokens tokens of keys or of values, with all their heads, as far as prefill reads
 // them; the others are left as they are. H200, 8 x 8704 tokens, 8 heads of 128, int8 with
 // a scale for each: keys and values to bfloat16 in 117 us.
 #include <algorithm>
 
-#include "../decode/fragments.cuh"
-#include "mask.cuh"
-#include "params.h"
-#include "rows.cuh"
+#include "../mask.cuh"
+#include "../rows.cuh"
+#include "widen.cuh"
 
 namespace jax_fa::widen {
 namespace {
 
 constexpr int kWarps = 4, kTokens = 8;
-constexpr int kLaneDims = 8;  // of a lane at once
 constexpr int kMargin = 512;  // at least the queries and the keys of a tile of any prefill kernel
-
-struct Source {
-  KvTensor x;
-  int dim;
-  uint4* wide;  // [rows, tokens, heads, dim]
-};
-
-struct Sources {
-  Source x[2];  // keys, values
-};
 
 __host__ __device__ int chunks_of(const KvTensor& x) {
   return (x.tokens + kWarps * kTokens - 1) / (kWarps * kTokens);
@@ -47,28 +35,17 @@ __device__ int2 read_tokens(const AttentionParams& p, int row, int rows) {
   return {max(first, 0), __reduce_max_sync(0xffffffff, end)};
 }
 
-template <DType kFormat, DType kDType>
-__device__ uint2 widen(uint32_t bytes, float scale) {
-  const uint2 halves = kFormat == DType::kInt8   ? decode::widen_int8(bytes)
-                       : kFormat == DType::kE4M3 ? decode::widen_e4m3(bytes)
-                                                 : decode::widen_e5m2(bytes);
-  const float2 lower = decode::unpack<DType::kF16>(halves.x),
-               upper = decode::unpack<DType::kF16>(halves.y);
-  return {decode::pack<kDType>(lower.x * scale, lower.y * scale),
-          decode::pack<kDType>(upper.x * scale, upper.y * scale)};
-}
-
 // Those of a warp's tokens, from token0 on, in [begin, end).
 template <DType kFormat, DType kDType>
-__device__ void widen_tokens(const Source& source, int heads, int row, int token0, int begin,
-                             int end) {
-  const KvTensor& x = source.x;
-  const int vectors = source.dim / kLaneDims, group = source.dim / max(x.groups, 1);
+__device__ void widen_tokens(const KvTensor& x, const KvTensor& wide, int heads, int dim, int row,
+                             int token0, int begin, int end) {
+  const int vectors = dim / kCopiedDims, group = dim / max(x.groups, 1);
   const auto* gRow = static_cast<const char*>(x.data) + row * x.row_stride;
-  uint4* const gWide = source.wide + (int64_t(row) * x.tokens + token0) * heads * vectors;
+  uint4* const gWide = static_cast<uint4*>(const_cast<void*>(wide.data)) +
+                       (row * wide.row_stride + token0 * wide.token_stride) / kCopiedDims;
 
   for (int i = threadIdx.x % 32; i < heads * vectors; i += 32) {
-    const int head = i / vectors, d = i % vectors * kLaneDims;
+    const int head = i / vectors, d = i % vectors * kCopiedDims;
     const char* const gBytes = gRow + token0 * x.token_stride + head * x.head_stride + d;
     const int64_t scale0 = row * x.scale_row_stride + head * x.scale_head_stride +
                            token0 * x.scale_token_stride + d / group;
@@ -83,9 +60,8 @@ __device__ void widen_tokens(const Source& source, int heads, int row, int token
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       if (t < begin || t >= end) continue;
-      const uint2 lower = widen<kFormat, kDType>(bytes[t].x, scale[t]);
-      const uint2 upper = widen<kFormat, kDType>(bytes[t].y, scale[t]);
-      gWide[t * heads * vectors + i] = {lower.x, lower.y, upper.x, upper.y};
+      gWide[t * heads * vectors + i] =
+          scaled<kDType>(to_halves(kFormat, bytes[t].x), to_halves(kFormat, bytes[t].y), scale[t]);
     }
   }
 }
@@ -94,9 +70,10 @@ __device__ void widen_tokens(const Source& source, int heads, int row, int token
 template <DType kDType>
 __global__ void __launch_bounds__(kWarps * 32)
     widen_cache(const __grid_constant__ AttentionParams p,
-                const __grid_constant__ Sources sources) {
-  const Source& source = sources.x[blockIdx.y];
-  const KvTensor& x = source.x;
+                const __grid_constant__ CopiedCache copied) {
+  const bool values = blockIdx.y == 1;
+  const KvTensor &x = values ? copied.v : copied.k, &wide = values ? p.v : p.k;
+  const int dim = values ? p.head_dim_v : p.head_dim;
   const int chunks = chunks_of(x), row = blockIdx.x / chunks;
   if (row >= x.rows) return;
   const int2 read = read_tokens(p, row, x.rows);
@@ -104,16 +81,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int begin = max(token0, read.x) - token0, end = min(token0 + kTokens, read.y) - token0;
   if (begin >= end) return;
   const auto run = [&]<DType kFormat>() {
-    widen_tokens<kFormat, kDType>(source, p.heads_kv, row, token0, begin, end);
+    widen_tokens<kFormat, kDType>(x, wide, p.heads_kv, dim, row, token0, begin, end);
   };
   if (x.dtype == DType::kInt8) return run.template operator()<DType::kInt8>();
   if (x.dtype == DType::kE4M3) return run.template operator()<DType::kE4M3>();
   run.template operator()<DType::kE5M2>();
-}
-
-bool suits(const KvTensor& x, int dim) {
-  const bool bytes = x.dtype == DType::kInt8 || x.dtype == DType::kE4M3 || x.dtype == DType::kE5M2;
-  return bytes && dim % std::max(x.groups, 1) == 0 && dim / std::max(x.groups, 1) % kLaneDims == 0;
 }
 
 }  // namespace
@@ -121,18 +93,13 @@ bool suits(const KvTensor& x, int dim) {
 
 namespace jax_fa {
 
-cudaError_t launch_widen(const AttentionParams& p, void* k, void* v, cudaStream_t stream) {
+cudaError_t launch_widen(const AttentionParams& p, const CopiedCache& copied, cudaStream_t stream) {
   using namespace widen;
-  if (!suits(p.k, p.head_dim) || !suits(p.v, p.head_dim_v)) return cudaErrorInvalidValue;
-  const Sources sources = {
-      {{p.k, p.head_dim, static_cast<uint4*>(k)}, {p.v, p.head_dim_v, static_cast<uint4*>(v)}}};
   const int rows = std::max(p.k.rows, p.v.rows);
   const dim3 grid(rows * chunks_of(p.k), 2);
-  if (p.dtype == DType::kBF16) {
-    widen_cache<DType::kBF16><<<grid, kWarps * 32, 0, stream>>>(p, sources);
-  } else {
-    widen_cache<DType::kF16><<<grid, kWarps * 32, 0, stream>>>(p, sources);
-  }
+  const auto kernel =
+      p.dtype == DType::kBF16 ? widen_cache<DType::kBF16> : widen_cache<DType::kF16>;
+  kernel<<<grid, kWarps * 32, 0, stream>>>(p, copied);
   return cudaGetLastError();
 }
 

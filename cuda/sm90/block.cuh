@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../cache/copied.h"
 #include "../kv.cuh"
 #include "../mask.cuh"
 #include "../score.cuh"
@@ -32,10 +33,12 @@ struct HopperTraits {
   static constexpr int kQueryParts = kTile.q_buffers > 1 ? 1 : kConsumers;
   static constexpr bool kQuantized = fwd_sm90_quantized(kClass);
   static constexpr bool kBytes = kClass == FwdClass::kBytes;
+  static constexpr bool kCopies = kClass == FwdClass::kCopies;
   // Of probabilities and values: 8 bits become float16 at once.
   static constexpr DType kPvType = kBytes ? DType::kF16 : kDType;
   static constexpr int kDequantizers = kTile.dequantizers;
-  static constexpr int kOthers = 1 + kDequantizers;  // warpgroups before those of consumers
+  static constexpr int kOthers =  // warpgroups before those of consumers
+      1 + (kCopies ? 1 : kDequantizers);
   static constexpr int kThreads = 128 * (kConsumers + kOthers);
   static constexpr bool kMasked = kClass != FwdClass::kFull;
   static constexpr bool kDropout = kClass == FwdClass::kDropout;
@@ -47,19 +50,22 @@ struct HopperTraits {
   static constexpr int kPanel = kHeadDim % 64 == 0 ? 64 : 32;  // elements: see wgmma.cuh
   static constexpr int kPanels = kHeadDim / kPanel, kPanelsV = kHeadDimV / kPanel;
   // Whether boxes of keys may have all panels: general scores of wide heads have no register left,
-  // and dropout meets no pages.
+  // and dropout and copies meet no pages.
   static constexpr bool kInGroups =
-      !kQuantized && !kDropout && kPanels > 1 && !(kGeneral && kHeadDim > 192);
+      !kQuantized && !kDropout && !kCopies && kPanels > 1 && !(kGeneral && kHeadDim > 192);
   static_assert(kHeadDimV % kPanel == 0 && kHeadDimV <= kHeadDim);  // the output's place: queries'
 
   // Products of p and v side by side: a launch of 512 threads has no register target for all 256.
-  static constexpr int kOutputParts = kQuantized && kHeadDimV > 192 ? 2 : 1;
+  static constexpr int kOutputParts = (kQuantized || kCopies) && kHeadDimV > 192 ? 2 : 1;
 
   // All that an SM has, 64 K: consumers hold s, p and o.
-  static constexpr int kProducerRegisters = kBytes ? 48 : kConsumers == 2 ? 40 : 32;
+  static constexpr int kProducerRegisters = kBytes || (kCopies && kHeadDim <= 192) ? 48  // copiers'
+                                            : kConsumers == 2                      ? 40
+                                                                                   : 32;
   static constexpr int kDequantizerRegisters = kBytes || kDequantizers == 2 ? 48 : 56;
   static constexpr int kConsumerRegisters = kDequantizers == 2 ? 168
                                             : kQuantized       ? 208
+                                            : kCopies          ? (kHeadDim > 192 ? 216 : 208)
                                             : kConsumers == 2  ? 232
                                                                : 160;
   // Whether the maximum of a row is not looked for once there is one.
@@ -107,6 +113,40 @@ __device__ inline KvSlot kv_slot(const KvIndex& kv, const WorkTile& tile, int ro
   return {int64_t(row) + pages[key / kv.page_size], key % kv.page_size};
 }
 
+// A unit of copying (cache/copied.h) that a warp has taken.
+struct alignas(16) CopyUnit {
+  uint4* gWide;              // where its copy begins
+  int byte_step, wide_step;  // from a token to the next, in shared memory and of gWide
+  int lanes;                 // that have elements of it
+  int tokens;                // of the row from its first one on
+  DType format;
+  int index;
+  int row, head0, token0;
+  bool values;
+  const float* gScale[32];  // of each lane's first scale, or null: it has none
+};
+
+// Of a warp that copies keys and values from 8 bits.
+struct CopyStorage {
+  static constexpr int kTokens = 8;  // of a step
+  static constexpr int kStages = 2;
+
+  alignas(128) uint8_t bytes[kStages][kTokens * CopyUnits::kDims];
+  alignas(16) float scale[kStages][CopyUnits::kScales + 1][kTokens];  // the last row: ones
+  CopyUnit unit[2];
+  // Which row of scales a lane's elements have, of keys and of values.
+  int scale_row[2][32];
+  // Of the 32 rows from row0 on, whose units come now: the first chunk that is read, and how many
+  // units come until the row's last; until the last row's.
+  int row_chunk[32], row_end[32];
+  int row0, end;
+  ptx::Barrier full[kStages];
+
+  __device__ void init_barriers() {
+    for (ptx::Barrier& barrier : full) ptx::barrier_init(barrier, 1);
+  }
+};
+
 template <class Traits>
 struct HopperStorage {
   using Element = typename Traits::Element;
@@ -149,6 +189,7 @@ struct HopperStorage {
   ptx::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
   ptx::Barrier v_uncleared[Traits::kStages];  // warp 3 to warp 2: landed, with values to clear
   ptx::Barrier bytes_full[kByteStages], bytes_empty[kByteStages];
+  CopyStorage copies[Traits::kCopies ? 4 : 0];
 
   __device__ WorkTile& tile(int i) { return reinterpret_cast<WorkTile&>(tiles[i]); }
 
@@ -180,6 +221,7 @@ struct HopperStorage {
       ptx::barrier_init(bytes_full[i], 2);  // warp 1, and the one that stages their scales
       ptx::barrier_init(bytes_empty[i], kDequantizerWarps);
     }
+    for (CopyStorage& copier : copies) copier.init_barriers();
     ptx::fence_barrier_init();
   }
 };
@@ -227,6 +269,8 @@ struct HopperParams {
   int box_tokens;
   bool in_groups;  // whether boxes of k and v have all panels
   PanelStrides k_strides, v_strides;
+  CopiedCache copied;              // kCopies
+  CUtensorMap narrow_k, narrow_v;  // of that, in boxes of a step's tokens
   int* next_tile;  // tiles beyond the first of each block that have been taken; null: in fixed turn
 };
 

@@ -40,6 +40,7 @@
 #include "../dropout.cuh"
 #include "../softmax.cuh"
 #include "block.cuh"
+#include "copier.cuh"
 #include "dequantize.cuh"
 #include "producer.cuh"
 #include "queries.cuh"
@@ -584,6 +585,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if constexpr (Traits::kQuantized) {
       ptx::lower_registers<Traits::kDequantizerRegisters>();
       Dequantizer<Traits>(params, shared).run();
+    } else if constexpr (Traits::kCopies) {
+      ptx::lower_registers<Traits::kProducerRegisters>();
+      Copier<Traits>{params, shared.copies[threadIdx.x / 32 % 4]}.run();
     }
   } else {
     ptx::raise_registers<Traits::kConsumerRegisters>();
@@ -603,7 +607,7 @@ inline HybridCosts hybrid_costs(const AttentionParams& p, int sms) {
 }
 
 template <class Traits>
-cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+cudaError_t launch(const AttentionParams& p, const CopiedCache& copied, cudaStream_t stream) {
   constexpr int kPanel = Traits::kPanel, kHeadDim = Traits::kHeadDim;
   const HopperOrder order = fwd_sm90_order(p, Traits::kTile);
   if (order.total == 0) return cudaSuccess;
@@ -644,12 +648,26 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
                           int64_t(p.heads_q) * p.head_dim_v, 1, 0, kPanel, 16);
   if (error != cudaSuccess) return error;
 
-  const int64_t blocks = std::min<int64_t>(sms, order.total);
+  if constexpr (Traits::kCopies) {
+    params.copied = copied;
+    error = make_unit_map(params.narrow_k, copied.k, p.heads_kv, p.head_dim, copied.units,
+                          CopyStorage::kTokens);
+    if (error != cudaSuccess) return error;
+    error = make_unit_map(params.narrow_v, copied.v, p.heads_kv, p.head_dim_v, copied.units,
+                          CopyStorage::kTokens);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t blocks = Traits::kCopies ? sms : std::min<int64_t>(sms, order.total);
   const bool taken = worth_taking(p, order, Traits::kBlockM, blocks);
   if (taken && order.total > blocks) params.next_tile = p.next_tile;
   const bool shares = p.min_len_q > 0 && !p.beside_previous;  // with a decode launch after it
   if (params.next_tile || shares) {
     error = cudaMemsetAsync(p.next_tile, 0, 2 * sizeof(int), stream);
+    if (error != cudaSuccess) return error;
+  }
+  if constexpr (Traits::kCopies) {
+    const size_t bytes = (copied.copied - copied.taken + copied.units.total()) * sizeof(int);
+    error = cudaMemsetAsync(copied.taken, 0, bytes, stream);
     if (error != cudaSuccess) return error;
   }
   if (shares) params.costs = hybrid_costs(p, sms);
@@ -660,13 +678,17 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
 }
 
 template <int kHeadDim, int kHeadDimV, DType kDType>
-cudaError_t launch_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_fwd_sm90(const AttentionParams& p, const CopiedCache& copied,
+                            cudaStream_t stream) {
   const auto run = [&]<FwdClass kClass>() {
     if constexpr (kHeadDim == kHeadDimV || !fwd_sm90_quantized(kClass)) {
-      return launch<HopperTraits<kHeadDim, kHeadDimV, kDType, kClass>>(p, stream);
+      return launch<HopperTraits<kHeadDim, kHeadDimV, kDType, kClass>>(p, copied, stream);
     }
     return cudaErrorInvalidValue;
   };
+  if constexpr (fwd_sm90_has_copies(kHeadDim, kHeadDimV)) {
+    if (copied.taken) return run.template operator()<FwdClass::kCopies>();
+  }
   switch (fwd_sm90_class(p, kHeadDim, kHeadDimV)) {
     case FwdClass::kFull:
       return run.template operator()<FwdClass::kFull>();
@@ -689,6 +711,6 @@ cudaError_t launch_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
 }
 
 template cudaError_t launch_fwd_sm90<JAX_FA_HEAD_DIM, JAX_FA_HEAD_DIM_V, DType::JAX_FA_DTYPE>(
-    const AttentionParams&, cudaStream_t);
+    const AttentionParams&, const CopiedCache&, cudaStream_t);
 
 }  // namespace jax_fa

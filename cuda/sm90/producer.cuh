@@ -245,8 +245,10 @@ struct Loader {
   // Keys come before the queries: their place is free sooner.
   __device__ void load(const WorkTile& tile) {
     Box box = find_box(tile, tile.end - 1);
+    int copied_from = INT_MAX;
     for (int n = tile.end - 1; n >= tile.begin; --n) {
       const Box next = find_box(tile, max(n - 1, tile.begin));
+      if constexpr (Traits::kCopies) wait_copied(tile, n, copied_from);
       const int at = kv_ring.at(), parity = kv_ring.parity() ^ 1;
       if constexpr (Traits::kQuantized) {
         if constexpr (Traits::kBytes) {
@@ -270,6 +272,23 @@ struct Loader {
       kv_ring.advance();
       box = next;
     }
+  }
+
+  // Waits until a tile of keys is copied from 8 bits. Lanes look for its last unit and for those
+  // before, which come next: `copied_from` is the first token of those that are known to be there.
+  __device__ void wait_copied(const WorkTile& tile, int n, int& copied_from) const {
+    constexpr int kTokens = CopyUnits::kTokens;
+    const CopiedCache& copied = params.copied;
+    if (copied_from <= n * Traits::kBlockN) return;
+    const int last = (min((n + 1) * Traits::kBlockN, p.k.tokens) - 1) / kTokens,
+              chunk = last - lane;
+    const int unit = copied.units.at(tile.k_row, max(chunk, 0), kValues, tile.head_kv);
+    do {
+      const bool there = chunk < 0 || ptx::load_acquire(copied.copied + unit);
+      const int units = __ffs(~__ballot_sync(0xffffffff, there)) - 1;
+      copied_from = (last + 1 - (units < 0 ? 32 : units)) * kTokens;
+    } while (copied_from > n * Traits::kBlockN);
+    ptx::fence_async_proxy_global();
   }
 
   // Keys or values that dequantizers wait for.

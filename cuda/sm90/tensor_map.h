@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "../cache/copied.h"
 #include "../sm80/tiles.h"
 
 namespace jax_fa {
@@ -63,6 +64,16 @@ inline cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* da
                           {tokens, token_stride, box_tokens},
                           {rows, row_stride, 1}};
   return encode_map(map, dtype, data, axes, swizzled);
+}
+
+// Keys or values of 8 bits, copied in boxes of so many tokens of a unit's heads.
+inline cudaError_t make_unit_map(CUtensorMap& map, const KvTensor& x, int heads, int dim,
+                                 const CopyUnits& units, int tokens) {
+  const MapAxis axes[] = {{dim, 1, dim},
+                          {heads, x.head_stride, units.heads},
+                          {x.tokens, x.token_stride, tokens},
+                          {x.rows, x.row_stride, 1}};
+  return encode_map(map, x.dtype, x.data, axes, /*swizzled=*/false);
 }
 
 // Tokens of all rows, [tokens / 8, 8, heads, dim / panel, panel], copied in boxes of `box_groups`

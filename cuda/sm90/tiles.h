@@ -10,8 +10,18 @@ namespace jax_fa {
 
 // What an instance of the kernel can do: every key up to a row's length, any interval of keys, that
 // and any score, the last two over keys and values of 8 bits, or any score and dropout. kBytes is
-// kQuantized where products take keys as they are stored.
-enum class FwdClass { kFull, kMasked, kGeneral, kQuantized, kQuantizedGeneral, kDropout, kBytes };
+// kQuantized where products take keys as they are stored, kCopies is kMasked over copies of 8-bit
+// keys and values that are made meanwhile.
+enum class FwdClass {
+  kFull,
+  kMasked,
+  kGeneral,
+  kQuantized,
+  kQuantizedGeneral,
+  kDropout,
+  kBytes,
+  kCopies
+};
 
 constexpr bool fwd_sm90_quantized(FwdClass kind) {
   return kind == FwdClass::kQuantized || kind == FwdClass::kQuantizedGeneral ||
@@ -139,6 +149,11 @@ inline bool fwd_sm90_windowed(const AttentionParams& p) {
   return p.window_left >= 0 || p.window_right >= 0;
 }
 
+// Whether scores are more than products with a positive scale.
+inline bool fwd_sm90_general(const AttentionParams& p) {
+  return p.scale <= 0 || p.softcap != 0 || p.alibi_slopes;
+}
+
 // Values of up to 128 dims beside keys of up to 192, as in multi-head latent attention, have a tile
 // of their own: half of the output's registers go to wider tiles of keys.
 constexpr int kFwdDimOfNarrowValues = 192, kFwdNarrowValues = 128;
@@ -161,7 +176,7 @@ inline bool fwd_sm90_multiplies_bytes(const AttentionParams& p, int head_dim_til
 }
 
 inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile, int head_dim_v_tile) {
-  const bool general = p.scale <= 0 || p.softcap != 0 || p.alibi_slopes;
+  const bool general = fwd_sm90_general(p);
   if (p.seeds) return FwdClass::kDropout;
   if (fwd_sm80_quantized(p)) {
     if (general) return FwdClass::kQuantizedGeneral;
@@ -181,6 +196,17 @@ inline FwdClass fwd_sm90_class(const AttentionParams& p, int head_dim_tile, int 
 // Whether bulk copies can bring keys or values of 8 bits, and 16 adjacent elements share a scale.
 inline bool fwd_sm90_widens(const KvTensor& x, int dim) {
   return element_size(x.dtype) == 1 && dim % 16 == 0 && dim / std::max(x.groups, 1) % 16 == 0;
+}
+
+// Whether there is an instance that copies keys and values from 8 bits meanwhile: three warpgroups
+// of consumers, and scores beyond a scale, leave its warps no registers.
+constexpr bool fwd_sm90_has_copies(int head_dim_tile, int head_dim_v_tile) {
+  return head_dim_tile == head_dim_v_tile && head_dim_tile > 64;
+}
+
+// Whether it can run a call, whose keys and values are the copies.
+inline bool fwd_sm90_copies(const AttentionParams& p, int head_dim_tile, int head_dim_v_tile) {
+  return fwd_sm90_has_copies(head_dim_tile, head_dim_v_tile) && !fwd_sm90_general(p);
 }
 
 // What is drawn is compared as float16, where infinity is the last that a limit can be. Rates past
