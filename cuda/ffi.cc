@@ -589,7 +589,7 @@ NB_MODULE(_jax_fa, m) {
       "copy_scratch",
       [](int rows, int tokens, int heads_kv, int head_dim, int head_dim_v) {
         const CopyScratch scratch = copy_scratch(rows, tokens, heads_kv, head_dim, head_dim_v);
-        return nb::make_tuple(scratch.units, scratch.tokens);
+        return nb::make_tuple(scratch.ints, scratch.tokens);
       },
       nb::arg("rows"), nb::arg("tokens"), nb::arg("heads_kv"), nb::arg("head_dim"),
       nb::arg("head_dim_v"));

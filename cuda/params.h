@@ -74,7 +74,8 @@ struct AttentionParams {
   bool dropout_heads;             // else all heads drop what head 0 does
   float dropout_scale;            // 1 / (1 - rate)
   float dropout_kept;             // 1 - rate
-  int* next_tile;                 // scratch of two ints, for prefill; needs no initial value
+  int* next_tile;                 // scratch of two ints, for prefill; needs no initial value. Of
+                                  // run_copied (plan.h) more follow
   float scale, softcap;           // softcap == 0: none
   int window_left, window_right;  // -1: unbounded; causal is (.., 0)
   bool top_left;                  // query i's diagonal is key i; else i + len_kv - len_q of its row
@@ -153,8 +154,8 @@ template <int kHeadDim, DType kDType>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
 
 // cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h), on the tiles of keys
-// and of values that fwd_sm90_dim_v names. `copied` (cache/copied.h): what it makes keys and values
-// from first, if they are not there.
+// and of values that fwd_sm90_dim_v names. `copied` (cache/copied.h): what keys and values are made
+// from meanwhile, unless they are there.
 struct CopiedCache;
 template <int kHeadDim, int kHeadDimV, DType kDType>
 cudaError_t launch_fwd_sm90(const AttentionParams& params, const CopiedCache& copied,

@@ -70,10 +70,10 @@ Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream);
 
 // Dense prefill over keys and values of 8 bits by way of `k` and `v`, scratch for copies of them in
-// the queries' type, [rows, tokens, heads_kv, dim]. The scratch of params.next_tile has `units`
-// more ints at its end.
+// the queries' type, [rows, CopyScratch::tokens, heads_kv, dim]. The scratch of params.next_tile
+// has CopyScratch::ints more at its end: a count of units and a flag for each.
 struct CopyScratch {
-  int units, tokens;
+  int ints, tokens;
 };
 cudaError_t run_copied(const AttentionParams& params, void* k, void* v, cudaStream_t stream);
 CopyScratch copy_scratch(int rows, int tokens, int heads_kv, int head_dim, int head_dim_v);

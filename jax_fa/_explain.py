@@ -207,13 +207,14 @@ def _views(name, x, static):
 
 def _plan_shape(name, x, static):
     q, k, v = _views(name, x, static)
+    copied = name == "jax_fa_fwd" and copies(x, static)
     shape = {
         "heads_q": q[-2],
         "heads_kv": k[-2],
         "head_dim": q[-1],
         "head_dim_v": v[-1],
         "element_bytes": x["q"].dtype.itemsize,
-        "kv_bytes": prefill_key_bytes(x),
+        "kv_bytes": 0 if copied and k[0] != v[0] else prefill_key_bytes(x),
         "general": _is_general(x, static),
         "bias": _has_bias(x),
         "masked": _is_masked(static),
@@ -221,7 +222,7 @@ def _plan_shape(name, x, static):
         "dropout_rate": static.get("dropout_rate", 0.0),
         "grouped": False,
         "fp8_keys": has_fp8_keys(x),
-        "copied": name == "jax_fa_fwd" and copies(x, static),
+        "copied": copied,
         "page_size": k[1] if "page_table" in x and len(x["page_table"].shape) == 2 else 0,
     }
     if name == "jax_fa_fwd":

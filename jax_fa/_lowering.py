@@ -11,7 +11,7 @@ from . import _jax_fa, _layout, _limits
 # Those that no kernel covers run through the reference on CUDA too; of others that is an error.
 BACKWARD = ("jax_fa_fwd_bwd", "jax_fa_varlen_bwd")
 # From so many tiles of queries for each key head on, a copy of 8-bit keys and values costs less
-# than widening them for every tile (H200); fp8 keys that products take as they are need none.
+# than widening them for every tile (H200), or than products that take fp8 keys as they are.
 _READERS_OF_COPIES, _READERS_OF_BYTES = 8, 16
 _MOST_COPIED_BYTES = 2 << 30
 _TAKEN = 2  # counts of tiles and of tasks that blocks of a launch have taken
@@ -162,7 +162,7 @@ def copies(operands, static):
         return False
     batch, len_q, heads, _ = q.shape
     readers = -(-len_q // 128) * (heads // k.shape[2]) * (batch // max(k.shape[0], 1))
-    size = q.dtype.itemsize * (math.prod(k.shape) + math.prod(v.shape))
+    size = sum(math.prod(x.shape) * q.dtype.itemsize for x in _copies_of(operands))
     extras = ("k_scale", "v_scale", "slopes", "bias")
     plain = static["scale"] > 0 and not static["softcap"]
     plain = plain and all(operands[name].shape == (0,) for name in extras)
@@ -177,12 +177,21 @@ def _prefill_scratch(operands, static):
     if not copies(operands, static):
         absent = jax.ShapeDtypeStruct((0,), np.float32)
         return [jax.ShapeDtypeStruct((_TAKEN,), np.int32), absent, absent]
-    q, k, v = (operands[name] for name in "qkv")
-    units, tokens = _jax_fa.copy_scratch(*k.shape, v.shape[-1])
-    wide = [
-        jax.ShapeDtypeStruct((x.shape[0], tokens, *x.shape[2:]), q.dtype) for x in (k, v)
-    ]  # fmt: skip
-    return [jax.ShapeDtypeStruct((_TAKEN + units,), np.int32), *wide]
+    ints, _ = _copy_scratch(operands)
+    return [jax.ShapeDtypeStruct((_TAKEN + ints,), np.int32), *_copies_of(operands)]
+
+
+def _copies_of(operands):
+    """Copies of keys and values in q's dtype, with place for some tokens more."""
+    _, tokens = _copy_scratch(operands)
+    return [
+        jax.ShapeDtypeStruct((x.shape[0], tokens, *x.shape[2:]), operands["q"].dtype)
+        for x in (operands["k"], operands["v"])
+    ]
+
+
+def _copy_scratch(operands):
+    return _jax_fa.copy_scratch(*operands["k"].shape, operands["v"].shape[-1])
 
 
 def _decode_scratch(operands):

@@ -200,12 +200,13 @@ def test_many_queries_over_quantized_keys(dtype, granularity, size, q_dtype, hea
     same_bits(run_dense(q, kq, vq, options), run_dense(q, *wide, same))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
     "window, lengths",
     [((2**31 - 1, None), [700, 3]), ((60, 0), [9000, 690]), ((0, 2**31 - 1), [1, 0])],
 )
-def test_copies_where_windows_and_lengths_are_past_all_keys(window, lengths, rng):
-    shape = cases.Shape(2, 700, 700, 16, 2, 64)
+def test_copies_where_windows_and_lengths_are_past_all_keys(window, lengths, head_dim, rng):
+    shape = cases.Shape(2, 700, 700, 16, 2, head_dim)
     q, k, v = cases.qkv(rng, shape, jnp.bfloat16)
     kq, vq = jax_fa.quantize(k, "int8"), jax_fa.quantize(v, "int8")
     options = {"window": window, "kv_lengths": jnp.asarray(lengths, jnp.int32)}
@@ -213,15 +214,29 @@ def test_copies_where_windows_and_lengths_are_past_all_keys(window, lengths, rng
     same_bits(run_dense(q, kq, vq, options), run_dense(q, *wide, options))
 
 
-def test_copies_that_batches_of_queries_share(rng):
+def test_copies_of_many_rows_and_odd_shapes(rng):
+    """Rows that see nothing, heads that fill no last unit, keys and values of different kinds."""
+    shape = cases.Shape(34, 264, 330, 24, 3, 128, 80)
+    q, k, v = cases.qkv(rng, shape, jnp.bfloat16)
+    kq, vq = jax_fa.quantize(k, "int8", "group", 16), jax_fa.quantize(v, "float8_e4m3fn", "token")
+    lengths = rng.integers(0, 331, (2, 34))
+    lengths[:, ::7] = 0
+    options = {"window": (200, 3), "q_lengths": lengths[0], "kv_lengths": lengths[1]}
+    options |= {name: jnp.asarray(options[name], jnp.int32) for name in options if name != "window"}
+    wide = [x.dequantize(jnp.bfloat16) for x in (kq, vq)]
+    same_bits(run_dense(q, kq, vq, options), run_dense(q, *wide, options))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_copies_that_batches_of_queries_share(head_dim, rng):
     """Two arrays of queries on one of keys, as vmap over queries alone has them."""
-    q, k, v = cases.qkv(rng, cases.Shape(2, 300, 700, 16, 2, 64), jnp.bfloat16)
+    q, k, v = cases.qkv(rng, cases.Shape(2, 300, 700, 16, 2, head_dim), jnp.bfloat16)
     queries = jnp.stack([q, -q])
     kq, vq = jax_fa.quantize(k, "int8"), jax_fa.quantize(v, "float8_e4m3fn", "group", 16)
     lengths = jnp.asarray([[700, 3], [20, 512]], jnp.int32)
 
     def call(q, lengths, k, v):
-        return jax_fa.flash_attention(q, k, v, kv_lengths=lengths, return_lse=True)
+        return jax_fa.flash_attention(q, k, v, kv_lengths=lengths, return_lse=True, **ALL_KEYS)
 
     wide = [x.dequantize(jnp.bfloat16) for x in (kq, vq)]
     mapped = jax.jit(jax.vmap(call, (0, 0, None, None)))

@@ -170,6 +170,35 @@ def test_many_queries_read_a_copy_of_8_bits(queries, dtypes, keys, kernel):
     assert call.kernel == ("widen, sm80/fwd" if copies else "sm80/fwd")
 
 
+def test_copies_of_short_rows_have_their_bounds():
+    """A row of one token takes the place of eight."""
+
+    def fn(q, values, scale):
+        return jax_fa.flash_attention(q, *(jax_fa.QuantizedArray(values, scale),) * 2)
+
+    def kernel(rows):
+        scale = jax.ShapeDtypeStruct((rows, 8, 1, 1), jnp.float32)
+        args = avals((rows, 1, 64, 128)) + avals((rows, 1, 8, 128), dtype="int8") + [scale]
+        return jax_fa.explain(fn, *args, device="h200")[0].kernel
+
+    assert [kernel(1 << 16), kernel(1 << 17)] == ["sm90/fwd, copying", "sm90/fwd"]
+
+
+def test_rows_of_keys_that_are_not_those_of_values_are_copied_before():
+    """As vmap over keys alone, and not over values, makes them."""
+
+    def fn(q, keys, values):
+        return jax.vmap(lambda k: jax_fa.flash_attention(q, k, values))(keys)
+
+    def quantized(*rows):
+        values = jax.ShapeDtypeStruct((*rows, 512, 2, 128), jnp.int8)
+        return jax_fa.QuantizedArray(values, jax.ShapeDtypeStruct((*rows, 2, 512, 1), jnp.float32))
+
+    args = *avals((2, 512, 16, 128)), quantized(3, 2), quantized(2)
+    (call,) = jax_fa.explain(fn, *args, device="h200")
+    assert call.kernel == "widen, sm90/fwd"
+
+
 def test_explain_of_no_batch_row_of_8_bits():
     def fn(q, x):
         return jax_fa.flash_attention(q, x, x)

@@ -1,5 +1,5 @@
-// Keys and values of 8 bits that a prefill copies to its queries' type while it runs, and how that
-// work is divided. Plain C++: the planner sizes scratch by it.
+// Keys and values of 8 bits that are copied to the queries' type for a prefill, and how that work
+// is divided where its launch does it meanwhile. Plain C++: the planner sizes scratch by it.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +10,19 @@ namespace jax_fa {
 
 constexpr int kCopiedDims = 8;  // that a lane copies at once, with one scale
 
-// Tokens that a copy has place for in a row: warps write eight at a time.
-__host__ __device__ constexpr int copied_tokens(int tokens) { return (tokens + 7) / 8 * 8; }
+// Tokens that a copy has place for in a row: warps write so many at a time.
+constexpr int kCopiedTokens = 8;
+constexpr int copied_tokens(int tokens) {
+  return (tokens + kCopiedTokens - 1) / kCopiedTokens * kCopiedTokens;
+}
 
 // A unit is a chunk of tokens of some heads of a row's keys or values: what a warp copies at once.
-// They go row by row and, as prefill reads, from a row's last chunk to its first.
+// They are numbered by row and chunk, and taken row by row and, as prefill reads, from a row's last
+// chunk to its first.
 struct CopyUnits {
   static constexpr int kTokens = 64;              // of a chunk
   static constexpr int kDims = 32 * kCopiedDims;  // of all heads of a unit, at most
-  static constexpr int kScales = kDims / 16;      // of a token
+  static constexpr int kScales = kDims / 16;      // of a token: 16 dims share one
 
   int rows = 0, chunks = 0;  // of a row
   int heads = 1, parts = 0;  // of a unit; units of all heads

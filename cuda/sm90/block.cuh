@@ -123,12 +123,12 @@ struct alignas(16) CopyUnit {
   int index;
   int row, head0, token0;
   bool values;
-  const float* gScale[32];  // of each lane's first scale, or null: it has none
+  const float* gScale[32];  // of each lane's first scale, or null: it has none; no register is left
 };
 
 // Of a warp that copies keys and values from 8 bits.
 struct CopyStorage {
-  static constexpr int kTokens = 8;  // of a step
+  static constexpr int kTokens = kCopiedTokens;  // of a step
   static constexpr int kStages = 2;
 
   alignas(128) uint8_t bytes[kStages][kTokens * CopyUnits::kDims];

@@ -20,7 +20,9 @@ namespace jax_fa {
 template <class Traits>
 struct Copier {
   static constexpr int kTokens = CopyStorage::kTokens, kStages = CopyStorage::kStages;
-  static constexpr int kSteps = CopyUnits::kTokens / kTokens;  // of a unit
+  static constexpr int kSteps = CopyUnits::kTokens / kTokens;            // of a unit
+  static_assert(CopyUnits::kTokens % kTokens == 0 && kSteps > kStages);  // two units are known
+  static_assert(kTokens % 4 == 0 && 32 % kTokens == 0);
 
   const HopperParams& params;
   CopyStorage& shared;

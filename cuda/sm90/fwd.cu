@@ -30,7 +30,10 @@
 //
 // Over keys and values of 8 bits, warpgroups between those dequantize (dequantize.cuh): copies
 // bring bytes, and what consumers wait for is what dequantizers have made of them. kBytes leaves
-// keys as they are and splits queries instead (queries.cuh).
+// keys as they are and splits queries instead (queries.cuh). Where many tiles of queries read the
+// same keys, kCopies has a warpgroup between them that copies those to the queries' type, row by
+// row, in global memory (copier.cuh): what the loaders bring are the copies, unit by unit as a flag
+// in global memory says that one is there.
 //
 // Barriers come in pairs: `full` (the producer, to all consumers: it has landed) and `empty` (the
 // warps of all consumers, to the producer: it may be overwritten), for each buffer of tiles of

@@ -288,7 +288,7 @@ struct Loader {
       const int units = __ffs(~__ballot_sync(0xffffffff, there)) - 1;
       copied_from = (last + 1 - (units < 0 ? 32 : units)) * kTokens;
     } while (copied_from > n * Traits::kBlockN);
-    ptx::fence_async_proxy_global();
+    ptx::fence_async_proxy_global();  // expect() brings the lanes together before one loads
   }
 
   // Keys or values that dequantizers wait for.
@@ -325,7 +325,7 @@ struct Loader {
   __device__ void expect(ptx::Barrier& full, const Box& box, int row_bytes) const {
     const int boxes = __popc(__ballot_sync(0xffffffff, box.token >= 0));
     if (lane == 0) ptx::barrier_expect(full, boxes * params.box_tokens * row_bytes);
-    __syncwarp();
+    __syncwarp();  // it is announced, and what lanes waited for is there for all
   }
 };
 

@@ -199,14 +199,15 @@ inline bool fwd_sm90_widens(const KvTensor& x, int dim) {
 }
 
 // Whether there is an instance that copies keys and values from 8 bits meanwhile: three warpgroups
-// of consumers, and scores beyond a scale, leave its warps no registers.
+// of consumers, and scores beyond a scale, leave its warps no registers, and the tile of narrow
+// values no shared memory.
 constexpr bool fwd_sm90_has_copies(int head_dim_tile, int head_dim_v_tile) {
   return head_dim_tile == head_dim_v_tile && head_dim_tile > 64;
 }
 
 // Whether it can run a call, whose keys and values are the copies.
 inline bool fwd_sm90_copies(const AttentionParams& p, int head_dim_tile, int head_dim_v_tile) {
-  return fwd_sm90_has_copies(head_dim_tile, head_dim_v_tile) && !fwd_sm90_general(p);
+  return fwd_sm90_has_copies(head_dim_tile, head_dim_v_tile) && !fwd_sm90_general(p) && !p.seeds;
 }
 
 // What is drawn is compared as float16, where infinity is the last that a limit can be. Rates past
