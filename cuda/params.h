@@ -41,6 +41,9 @@ struct KvIndex {
   int len_kv;  // static bound on a row's length
 };
 
+constexpr int kTakenCounts =
+    2;  // of tiles, and of tasks of a decode launch, that blocks have taken
+
 // One attention call. 16-bit and float32 arrays are aligned to 16 bytes with strides that are
 // multiples of it, 8-bit ones to 8. Queries are dense, row b = tokens [b, b + 1) * len_q, or
 // packed: row b has q_length[b] tokens from q_start[b] on; starts never decrease with b and rows do
@@ -74,8 +77,8 @@ struct AttentionParams {
   bool dropout_heads;             // else all heads drop what head 0 does
   float dropout_scale;            // 1 / (1 - rate)
   float dropout_kept;             // 1 - rate
-  int* next_tile;                 // scratch of two ints, for prefill; needs no initial value. Of
-                                  // run_copied (plan.h) more follow
+  int* next_tile;                 // scratch of kTakenCounts ints, for prefill; needs no initial
+                                  // value. Of run_copied (plan.h) more follow
   float scale, softcap;           // softcap == 0: none
   int window_left, window_right;  // -1: unbounded; causal is (.., 0)
   bool top_left;                  // query i's diagonal is key i; else i + len_kv - len_q of its row

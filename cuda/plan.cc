@@ -84,8 +84,9 @@ bool runs_hopper_kernel(const AttentionParams& p, int capability) {
   return runs_hopper(capability) && fwd_sm90_covers(p, tile_dim_of(p));
 }
 
-cudaError_t run_hopper_kernel(const AttentionParams& p, const CopiedCache& copied,
-                              cudaStream_t stream) {
+cudaError_t run_hopper_kernel([[maybe_unused]] const AttentionParams& p,
+                              [[maybe_unused]] const CopiedCache& copied,
+                              [[maybe_unused]] cudaStream_t stream) {
 #if JAX_FA_SM90
   return with_tile(tile_dim_of(p), [&]<int kDim>() {
     const auto run = [&]<int kDimV>() {
@@ -261,7 +262,7 @@ cudaError_t run_copied(const AttentionParams& params, void* k, void* v, cudaStre
   if (!copied.suits(p.head_dim, p.head_dim_v)) return cudaErrorInvalidValue;
   if (copies_meanwhile(p, copied)) {
     copied.units = copy_units(p.k.rows, p.k.tokens, p.heads_kv, p.head_dim, p.head_dim_v);
-    copied.taken = p.next_tile + 2;
+    copied.taken = p.next_tile + kTakenCounts;
     copied.copied = copied.taken + 1;
     return run_hopper_kernel(p, copied, stream);
   }
@@ -271,7 +272,7 @@ cudaError_t run_copied(const AttentionParams& params, void* k, void* v, cudaStre
 
 CopyScratch copy_scratch(int rows, int tokens, int heads_kv, int head_dim, int head_dim_v) {
   const CopyUnits units = copy_units(rows, tokens, heads_kv, head_dim, head_dim_v);
-  return {1 + units.total(), copied_tokens(tokens)};
+  return {units.scratch_ints(), copied_tokens(tokens)};
 }
 
 int64_t dq_sum_size(int batch, int len_q, int total_q, int heads_q, int head_dim, int head_dim_v,

@@ -208,13 +208,14 @@ def _views(name, x, static):
 def _plan_shape(name, x, static):
     q, k, v = _views(name, x, static)
     copied = name == "jax_fa_fwd" and copies(x, static)
+    apart = copied and k[0] != v[0]  # a launch copies rows of keys and of values together
     shape = {
         "heads_q": q[-2],
         "heads_kv": k[-2],
         "head_dim": q[-1],
         "head_dim_v": v[-1],
         "element_bytes": x["q"].dtype.itemsize,
-        "kv_bytes": 0 if copied and k[0] != v[0] else prefill_key_bytes(x),
+        "kv_bytes": 0 if apart else prefill_key_bytes(x),
         "general": _is_general(x, static),
         "bias": _has_bias(x),
         "masked": _is_masked(static),

@@ -14,7 +14,7 @@ BACKWARD = ("jax_fa_fwd_bwd", "jax_fa_varlen_bwd")
 # than widening them for every tile (H200), or than products that take fp8 keys as they are.
 _READERS_OF_COPIES, _READERS_OF_BYTES = 8, 16
 _MOST_COPIED_BYTES = 2 << 30
-_TAKEN = 2  # counts of tiles and of tasks that blocks of a launch have taken
+_TAKEN = 2  # kTakenCounts in cuda/params.h
 _LAYOUTS = (_layout.SEPARATE, _layout.KV_PACKED, _layout.QKV_PACKED)
 
 

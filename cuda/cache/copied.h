@@ -42,15 +42,18 @@ struct CopyUnits {
   __host__ __device__ int at(int row, int chunk, bool values, int head) const {
     return first(row, chunk) + values * parts + head / heads;
   }
-  int total() const { return first(rows, 0); }
+  // How many are taken, and for each whether it is there.
+  int scratch_ints() const { return 1 + first(rows, 0); }
 };
 
 // A prefill's keys and values are copies of these, [rows, copied_tokens, heads_kv, dim].
 struct CopiedCache {
   KvTensor k, v;
   CopyUnits units;
-  int* taken = nullptr;   // scratch, 0 at first: units that warps have taken; null: no copies
-  int* copied = nullptr;  // [units.total()], scratch, 0 at first: 1 for those that are there
+  // Scratch of units.scratch_ints(), 0 at first: units that warps have taken, or null (no copies);
+  // after that, 1 for each unit that is there.
+  int* taken = nullptr;
+  int* copied = nullptr;
 
   bool suits(int head_dim, int head_dim_v) const {
     const auto suits = [](const KvTensor& x, int dim) {

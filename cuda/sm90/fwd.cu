@@ -665,12 +665,11 @@ cudaError_t launch(const AttentionParams& p, const CopiedCache& copied, cudaStre
   if (taken && order.total > blocks) params.next_tile = p.next_tile;
   const bool shares = p.min_len_q > 0 && !p.beside_previous;  // with a decode launch after it
   if (params.next_tile || shares) {
-    error = cudaMemsetAsync(p.next_tile, 0, 2 * sizeof(int), stream);
+    error = cudaMemsetAsync(p.next_tile, 0, kTakenCounts * sizeof(int), stream);
     if (error != cudaSuccess) return error;
   }
   if constexpr (Traits::kCopies) {
-    const size_t bytes = (copied.copied - copied.taken + copied.units.total()) * sizeof(int);
-    error = cudaMemsetAsync(copied.taken, 0, bytes, stream);
+    error = cudaMemsetAsync(copied.taken, 0, copied.units.scratch_ints() * sizeof(int), stream);
     if (error != cudaSuccess) return error;
   }
   if (shares) params.costs = hybrid_costs(p, sms);
