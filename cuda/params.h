@@ -153,14 +153,14 @@ struct AppendParams {
 // cuda/sm80/fwd.cu: prefill on mma.sync, every feature. kHeadDim is the tile: the smallest compiled
 // head dim that holds head_dim and head_dim_v; dims between are zero-filled on the way into shared
 // memory.
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
 
 // cuda/sm90/fwd.cu: the same on Hopper, for what fwd_sm90_covers (tiles.h), on the tiles of keys
 // and of values that fwd_sm90_dim_v names. `copied` (cache/copied.h): what keys and values are made
 // from meanwhile, unless they are there.
 struct CopiedCache;
-template <int kHeadDim, int kHeadDimV, DType kDType>
+template <int kHeadDim, int kHeadDimV>
 cudaError_t launch_fwd_sm90(const AttentionParams& params, const CopiedCache& copied,
                             cudaStream_t stream);
 
@@ -173,24 +173,23 @@ cudaError_t launch_bwd_float32(const BackwardParams& params, cudaStream_t stream
 // cuda/sm80/bwd_*.cu: gradients on mma.sync, every feature; tiles as in the forward. `shared` gives
 // dq, dk and dv, with `stages` buffers of queries; `keys` gives dk and dv, and dq too if
 // params.dq_sum; `queries` gives dq, `bias` dbias. All need `rows` to have run, which gives dsinks.
-template <DType kDType>
 cudaError_t launch_bwd_rows_sm80(const BackwardParams& params, cudaStream_t stream);
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
 cudaError_t launch_bwd_shared_sm80(const BackwardParams& params, int stages, cudaStream_t stream);
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
 cudaError_t launch_bwd_keys_sm80(const BackwardParams& params, cudaStream_t stream);
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
 cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t stream);
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
 cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream);
 
 // cuda/sm90/bwd.cu: dq, dk and dv on Hopper, for what bwd_sm90_covers (bwd_tiles.h), after `rows`.
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
 cudaError_t launch_bwd_sm90(const BackwardParams& params, cudaStream_t stream);
 
 // cuda/decode: few queries a row over a long cache, keys split over blocks. launch_combine merges
 // the parts of packed rows, which launch_decode leaves to it.
-template <int kHeadDim, DType kDType>
+template <int kHeadDim>
 cudaError_t launch_decode(const AttentionParams& params, const SplitScratch& scratch,
                           cudaStream_t stream);
 template <int kHeadDim>

@@ -89,14 +89,12 @@ cudaError_t run_hopper_kernel([[maybe_unused]] const AttentionParams& p,
                               [[maybe_unused]] cudaStream_t stream) {
 #if JAX_FA_SM90
   return with_tile(tile_dim_of(p), [&]<int kDim>() {
-    const auto run = [&]<int kDimV>() {
-      return p.dtype == DType::kBF16 ? launch_fwd_sm90<kDim, kDimV, DType::kBF16>(p, copied, stream)
-                                     : launch_fwd_sm90<kDim, kDimV, DType::kF16>(p, copied, stream);
-    };
     if constexpr (kDim == kFwdDimOfNarrowValues) {
-      if (fwd_sm90_dim_v(p, kDim) < kDim) return run.template operator()<kFwdNarrowValues>();
+      if (fwd_sm90_dim_v(p, kDim) < kDim) {
+        return launch_fwd_sm90<kDim, kFwdNarrowValues>(p, copied, stream);
+      }
     }
-    return run.template operator()<kDim>();
+    return launch_fwd_sm90<kDim, kDim>(p, copied, stream);
   });
 #else
   return cudaErrorInvalidValue;
@@ -113,31 +111,26 @@ bool sums_dq(int tile_dim, DType dtype, bool general, int shared_bytes) {
   return !bwd_shares_scores(tile_dim) || bwd_shared_stages(tile_dim, general, shared_bytes) > 0;
 }
 
-template <DType kDType>
-cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t stream) {
-  cudaError_t status = launch_bwd_rows_sm80<kDType>(p, stream);
+cudaError_t run_backward_kernels(const BackwardParams& p, int stages, cudaStream_t stream) {
+  cudaError_t status = launch_bwd_rows_sm80(p, stream);
   if (p.fwd.exact && status == cudaSuccess) return launch_bwd_float32(p, stream);
   const auto then = [&](auto launch) {
     if (status == cudaSuccess) status = with_tile(tile_dim_of(p.fwd), launch);
   };
 #if JAX_FA_SM90
   if (p.dq_sum && runs_hopper_backward(p, tile_dim_of(p.fwd), current_capability())) {
-    then([&]<int kDim>() {
-      if constexpr (bwd_sm90_has_tile(kDim, kDType))
-        return launch_bwd_sm90<kDim, kDType>(p, stream);
-      return cudaErrorInvalidValue;
-    });
+    then([&]<int kDim>() { return launch_bwd_sm90<kDim>(p, stream); });
     return status;
   }
 #endif
   then([&]<int kDim>() {
-    if constexpr (bwd_shares_scores(kDim) && bwd_can_sum_dq(kDType)) {
-      if (p.dq_sum) return launch_bwd_shared_sm80<kDim, kDType>(p, stages, stream);
+    if constexpr (bwd_shares_scores(kDim)) {
+      if (p.dq_sum) return launch_bwd_shared_sm80<kDim>(p, stages, stream);
     }
-    return launch_bwd_keys_sm80<kDim, kDType>(p, stream);
+    return launch_bwd_keys_sm80<kDim>(p, stream);
   });
-  if (!p.dq_sum) then([&]<int kDim>() { return launch_bwd_queries_sm80<kDim, kDType>(p, stream); });
-  if (p.dbias) then([&]<int kDim>() { return launch_bwd_bias_sm80<kDim, kDType>(p, stream); });
+  if (!p.dq_sum) then([&]<int kDim>() { return launch_bwd_queries_sm80<kDim>(p, stream); });
+  if (p.dbias) then([&]<int kDim>() { return launch_bwd_bias_sm80<kDim>(p, stream); });
   return status;
 }
 
@@ -146,7 +139,6 @@ cudaError_t run_backward_of(const BackwardParams& p, int stages, cudaStream_t st
 // one: it comes first, and leaves the decode kernel the multiprocessors that its work allows. Of
 // short rows both kernels wait for memory alone, and the decode kernel, which starts sooner, comes
 // first: prefill blocks start where its last ones end.
-template <DType kDType>
 cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStream_t stream) {
   AttentionParams decode = p, prefill = p;
   decode.max_len_q = decode_max_len_q(p.heads_q / p.heads_kv);
@@ -162,7 +154,7 @@ cudaError_t run_hybrid(const AttentionParams& p, SplitScratch scratch, cudaStrea
   };
   return with_tile(tile_dim_of(p), [&]<int kDim>() {
     cudaError_t status = prefill_first ? run_prefill() : cudaSuccess;
-    if (status == cudaSuccess) status = launch_decode<kDim, kDType>(decode, scratch, stream);
+    if (status == cudaSuccess) status = launch_decode<kDim>(decode, scratch, stream);
     if (status == cudaSuccess && !prefill_first) status = run_prefill();
     if (status != cudaSuccess || scratch.whole_rows) return status;
     return launch_combine<kDim>(decode, scratch, stream);
@@ -227,29 +219,14 @@ cudaError_t run_attention(Operation operation, const AttentionParams& p,
   if (p.total_q == 0 || p.batch == 0) return cudaSuccess;
   if (p.exact) return launch_fwd_float32(p, stream);
   const int tile_dim = tile_dim_of(p);
-  if (runs_hybrid_kernels(operation, p.dtype, tile_dim)) {
-    return p.dtype == DType::kBF16 ? run_hybrid<DType::kBF16>(p, scratch, stream)
-                                   : run_hybrid<DType::kF16>(p, scratch, stream);
-  }
+  if (runs_hybrid_kernels(operation, p.dtype, tile_dim)) return run_hybrid(p, scratch, stream);
   if (runs_decode_kernel(operation, p.dtype, p.len_q, tile_dim)) {
-    return with_tile(tile_dim, [&]<int kDim>() {
-      return p.dtype == DType::kBF16 ? launch_decode<kDim, DType::kBF16>(p, scratch, stream)
-                                     : launch_decode<kDim, DType::kF16>(p, scratch, stream);
-    });
+    return with_tile(tile_dim, [&]<int kDim>() { return launch_decode<kDim>(p, scratch, stream); });
   }
   if (runs_hopper_kernel(p, current_capability())) return run_hopper_kernel(p, {}, stream);
-  if (p.dtype == DType::kF32) {
-    return with_tile(tile_dim,
-                     [&]<int kDim>() { return launch_fwd_sm80<kDim, DType::kF32>(p, stream); });
-  }
   constexpr int kAll = INT_MAX;
   return with_tile<kAll>(
-      tile_dim,
-      [&]<int kDim>() {
-        return p.dtype == DType::kBF16 ? launch_fwd_sm80<kDim, DType::kBF16>(p, stream)
-                                       : launch_fwd_sm80<kDim, DType::kF16>(p, stream);
-      },
-      kTiles);
+      tile_dim, [&]<int kDim>() { return launch_fwd_sm80<kDim>(p, stream); }, kTiles);
 }
 
 cudaError_t run_copied(const AttentionParams& params, void* k, void* v, cudaStream_t stream) {
@@ -301,14 +278,7 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   const bool hopper = p.dq_sum && runs_hopper_backward(p, tile_dim, current_capability());
   const bool sums = !p.deterministic && sums_dq(tile_dim, p.fwd.dtype, general, shared_bytes);
   if (!hopper && !sums) p.dq_sum = nullptr;
-  switch (p.fwd.dtype) {
-    case DType::kBF16:
-      return run_backward_of<DType::kBF16>(p, stages, stream);
-    case DType::kF16:
-      return run_backward_of<DType::kF16>(p, stages, stream);
-    default:
-      return run_backward_of<DType::kF32>(p, stages, stream);
-  }
+  return run_backward_kernels(p, stages, stream);
 }
 
 Plan plan_of_backward(int batch, int len_q, int total_q, int len_kv, int heads_q, int heads_kv,

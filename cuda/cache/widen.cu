@@ -6,6 +6,7 @@
 // a scale for each: keys and values to bfloat16 in 117 us.
 #include <algorithm>
 
+#include "../dtypes.h"
 #include "../mask.cuh"
 #include "../rows.cuh"
 #include "widen.cuh"
@@ -97,10 +98,10 @@ cudaError_t launch_widen(const AttentionParams& p, const CopiedCache& copied, cu
   using namespace widen;
   const int rows = std::max(p.k.rows, p.v.rows);
   const dim3 grid(rows * chunks_of(p.k), 2);
-  const auto kernel =
-      p.dtype == DType::kBF16 ? widen_cache<DType::kBF16> : widen_cache<DType::kF16>;
-  kernel<<<grid, kWarps * 32, 0, stream>>>(p, copied);
-  return cudaGetLastError();
+  return with_16_bits(p.dtype, [&]<DType kDType>() {
+    widen_cache<kDType><<<grid, kWarps * 32, 0, stream>>>(p, copied);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace jax_fa

@@ -1,6 +1,7 @@
 // Decode over 16-bit caches, and in the slow way over those that bytes.cu does not read: with a
 // tensor of each kind, pages of any size or unaligned rows.
 #include "decode/kernel.cuh"
+#include "dtypes.h"
 
 namespace jax_fa::decode {
 namespace {
@@ -24,15 +25,9 @@ bool readable(const KvTensor& x, int head_dim, DType dtype) {
   return byte && rows_aligned(x, head_dim, 8) && (x.groups <= 1 || head_dim % (x.groups * 8) == 0);
 }
 
-}  // namespace
-}  // namespace jax_fa::decode
-
-namespace jax_fa {
-
 template <int kHeadDim, DType kDType>
-cudaError_t launch_decode(const AttentionParams& p, const SplitScratch& scratch,
-                          cudaStream_t stream) {
-  using namespace decode;
+cudaError_t launch_dtype(const AttentionParams& p, const SplitScratch& scratch,
+                         cudaStream_t stream) {
   if (!readable(p.k, p.head_dim, kDType) || !readable(p.v, p.head_dim_v, kDType)) {
     return cudaErrorInvalidValue;
   }
@@ -59,8 +54,20 @@ cudaError_t launch_decode(const AttentionParams& p, const SplitScratch& scratch,
   return general.template operator()<Any, Any>();
 }
 
-template cudaError_t launch_decode<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const AttentionParams&,
-                                                                         const SplitScratch&,
-                                                                         cudaStream_t);
+}  // namespace
+}  // namespace jax_fa::decode
+
+namespace jax_fa {
+
+template <int kHeadDim>
+cudaError_t launch_decode(const AttentionParams& p, const SplitScratch& scratch,
+                          cudaStream_t stream) {
+  return with_16_bits(p.dtype, [&]<DType kDType>() {
+    return decode::launch_dtype<kHeadDim, kDType>(p, scratch, stream);
+  });
+}
+
+template cudaError_t launch_decode<JAX_FA_HEAD_DIM>(const AttentionParams&, const SplitScratch&,
+                                                    cudaStream_t);
 
 }  // namespace jax_fa

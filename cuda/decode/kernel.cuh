@@ -269,6 +269,7 @@ __device__ __forceinline__ void attend(SharedStorage<T>& smem, const AttentionPa
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kMinBlocks)
     decode_kernel(const AttentionParams p, const SplitScratch scratch) {
+  if constexpr (T::kWarps == kWideWarps && !kHasClusters) return;  // see has_room
   extern __shared__ __align__(16) char smem_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<T>*>(smem_bytes);
   ptx::launch_dependents();  // the next grid's blocks take the places that the last of these leave
@@ -373,12 +374,17 @@ cudaError_t launch_packed(const AttentionParams& p, const SplitScratch& scratch,
                 shared);
 }
 
-// Whether a block of the current GPU has the shared memory.
+// Whether a block of the current GPU has the shared memory. No GPU before sm_90 has that of
+// kWideWarps: code for those leaves such blocks out.
 template <typename T>
 bool has_room(int most_bytes) {
   constexpr int kBytes = decode_shared_kb(T::kHeadDim, T::kColumnTiles, T::kWarps) << 10;
   static_assert(sizeof(SharedStorage<T>) <= kBytes);
-  return kBytes <= most_bytes;
+  if (kBytes > most_bytes) return false;
+  if (T::kWarps < kWideWarps) return true;
+  cudaFuncAttributes compiled = {};
+  return cudaFuncGetAttributes(&compiled, decode_kernel<T>) == cudaSuccess &&
+         compiled.ptxVersion >= 90;
 }
 
 template <int kHeadDim, typename KeyFormat, typename ValueFormat>

@@ -5,6 +5,7 @@
 // A block owns one output tile of kBlockM queries by kBlockN keys after the other, along the keys,
 // and walks all scores that add to it: of all heads, queries or keys where bias has one of them.
 // So sums have one order, and nothing of the size of the scores exists besides the result.
+#include "../dtypes.h"
 #include "../softmax.cuh"
 #include "bwd_scores.cuh"
 
@@ -292,16 +293,21 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-}  // namespace
-
 template <int kHeadDim, DType kDType>
-cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_dtype(const BackwardParams& params, cudaStream_t stream) {
   using Tile = BiasTraits<kHeadDim, kDType>;
   if (params.fwd.seeds) return launch<Tile, Dropped<GeneralScore>>(params, stream);
   return launch<Tile, GeneralScore>(params, stream);
 }
 
-template cudaError_t launch_bwd_bias_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(
-    const BackwardParams&, cudaStream_t);
+}  // namespace
+
+template <int kHeadDim>
+cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream) {
+  return with_float(params.fwd.dtype,
+                    [&]<DType kDType>() { return launch_dtype<kHeadDim, kDType>(params, stream); });
+}
+
+template cudaError_t launch_bwd_bias_sm80<JAX_FA_HEAD_DIM>(const BackwardParams&, cudaStream_t);
 
 }  // namespace jax_fa

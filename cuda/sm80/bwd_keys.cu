@@ -11,6 +11,7 @@
 //                           ds^T = p^T * (V dO^T - delta)
 //                           dk += ds^T Q
 //     with sums of dq:      share ds^T; wait for all of it; dq(n) += ds K
+#include "../dtypes.h"
 #include "bwd_sum_dq.cuh"
 #include "bwd_walk.cuh"
 #include "store.cuh"
@@ -180,8 +181,10 @@ cudaError_t launch_gradients(const BackwardParams& params, cudaStream_t stream) 
   }
 }
 
+namespace {
+
 template <int kHeadDim, DType kDType>
-cudaError_t launch_bwd_keys_sm80(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_dtype(const BackwardParams& params, cudaStream_t stream) {
   if (params.fwd.seeds)
     return launch_gradients<kHeadDim, kDType, true, Dropped<GeneralScore>>(params, stream);
   return bwd_general(params.fwd)
@@ -189,7 +192,14 @@ cudaError_t launch_bwd_keys_sm80(const BackwardParams& params, cudaStream_t stre
              : launch_gradients<kHeadDim, kDType, false, ScaledScore>(params, stream);
 }
 
-template cudaError_t launch_bwd_keys_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(
-    const BackwardParams&, cudaStream_t);
+}  // namespace
+
+template <int kHeadDim>
+cudaError_t launch_bwd_keys_sm80(const BackwardParams& params, cudaStream_t stream) {
+  return with_float(params.fwd.dtype,
+                    [&]<DType kDType>() { return launch_dtype<kHeadDim, kDType>(params, stream); });
+}
+
+template cudaError_t launch_bwd_keys_sm80<JAX_FA_HEAD_DIM>(const BackwardParams&, cudaStream_t);
 
 }  // namespace jax_fa

@@ -9,6 +9,7 @@
 //     start K, V (n + 1)    p = exp2(score(Q K^T) - lse)
 //                           ds = p * (dO V^T - delta)
 //                           dq += ds K
+#include "../dtypes.h"
 #include "bwd_scores.cuh"
 #include "schedule.cuh"
 #include "store.cuh"
@@ -183,10 +184,8 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-}  // namespace
-
 template <int kHeadDim, DType kDType>
-cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_dtype(const BackwardParams& params, cudaStream_t stream) {
   if (params.fwd.seeds)
     return launch<QueryTraits<kHeadDim, kDType, true>, Dropped<GeneralScore>>(params, stream);
   return bwd_general(params.fwd)
@@ -194,7 +193,14 @@ cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t s
              : launch<QueryTraits<kHeadDim, kDType, false>, ScaledScore>(params, stream);
 }
 
-template cudaError_t launch_bwd_queries_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(
-    const BackwardParams&, cudaStream_t);
+}  // namespace
+
+template <int kHeadDim>
+cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t stream) {
+  return with_float(params.fwd.dtype,
+                    [&]<DType kDType>() { return launch_dtype<kHeadDim, kDType>(params, stream); });
+}
+
+template cudaError_t launch_bwd_queries_sm80<JAX_FA_HEAD_DIM>(const BackwardParams&, cudaStream_t);
 
 }  // namespace jax_fa

@@ -5,6 +5,7 @@
 //
 // A query that sees nothing, or that belongs to no row, has lse = -inf: it gets +inf, so that its
 // probabilities are exp2(-inf), and delta 0, whatever o, dout and dlse hold there.
+#include "../dtypes.h"
 #include "../softmax.cuh"
 #include "mma.cuh"
 
@@ -102,18 +103,17 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-template <DType kDType>
 cudaError_t launch_bwd_rows_sm80(const BackwardParams& params, cudaStream_t stream) {
   const AttentionParams& fwd = params.fwd;
   const int64_t token_blocks = (int64_t(fwd.total_q) + kGroups - 1) / kGroups;
   const int64_t blocks = token_blocks * ((fwd.heads_q + kHeads - 1) / kHeads);
-  bwd_rows_sm80<kDType><<<unsigned(blocks), kThreads, 0, stream>>>(params);
-  cudaError_t error = cudaGetLastError();
+  cudaError_t error = with_float(fwd.dtype, [&]<DType kDType>() {
+    bwd_rows_sm80<kDType><<<unsigned(blocks), kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
   if (error != cudaSuccess || !params.dsinks) return error;
   bwd_sinks_sm80<<<fwd.batch * fwd.heads_q, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
-
-template cudaError_t launch_bwd_rows_sm80<DType::JAX_FA_DTYPE>(const BackwardParams&, cudaStream_t);
 
 }  // namespace jax_fa

@@ -12,6 +12,7 @@
 //     wait for p^T and ds^T      | every warp's part is written
 //                           dv += p^T dO    dk += ds^T Q         parts of keys by dims
 //                           dq(n) += ds K                        parts of queries by dims
+#include "../dtypes.h"
 #include "bwd_sum_dq.cuh"
 #include "bwd_walk.cuh"
 
@@ -219,8 +220,10 @@ cudaError_t launch_staged(const BackwardParams& params, int stages, cudaStream_t
   return launch_summing<SharedTraits<kHeadDim, kDType, kGeneral, 2>, Score>(params, stream);
 }
 
+namespace {
+
 template <int kHeadDim, DType kDType>
-cudaError_t launch_bwd_shared_sm80(const BackwardParams& params, int stages, cudaStream_t stream) {
+cudaError_t launch_dtype(const BackwardParams& params, int stages, cudaStream_t stream) {
   if (params.fwd.seeds)
     return launch_staged<kHeadDim, kDType, true, Dropped<GeneralScore>>(params, stages, stream);
   return bwd_general(params.fwd)
@@ -228,7 +231,16 @@ cudaError_t launch_bwd_shared_sm80(const BackwardParams& params, int stages, cud
              : launch_staged<kHeadDim, kDType, false, ScaledScore>(params, stages, stream);
 }
 
-template cudaError_t launch_bwd_shared_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(
-    const BackwardParams&, int, cudaStream_t);
+}  // namespace
+
+template <int kHeadDim>
+cudaError_t launch_bwd_shared_sm80(const BackwardParams& params, int stages, cudaStream_t stream) {
+  return with_16_bits(params.fwd.dtype, [&]<DType kDType>() {
+    return launch_dtype<kHeadDim, kDType>(params, stages, stream);
+  });
+}
+
+template cudaError_t launch_bwd_shared_sm80<JAX_FA_HEAD_DIM>(const BackwardParams&, int,
+                                                             cudaStream_t);
 
 }  // namespace jax_fa

@@ -15,6 +15,7 @@
 //
 // Other blocks of the SM fill the waits.
 #include "../dropout.cuh"
+#include "../dtypes.h"
 #include "../launch.cuh"
 #include "../mask.cuh"
 #include "../score.cuh"
@@ -380,8 +381,10 @@ cudaError_t launch_tiles(const AttentionParams& params, cudaStream_t stream) {
                 sizeof(SharedStorage<Traits, kQuantized>), stream, params.beside_previous, params);
 }
 
+namespace {
+
 template <int kHeadDim, DType kDType>
-cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream) {
+cudaError_t launch_dtype(const AttentionParams& params, cudaStream_t stream) {
   using General = Traits<kHeadDim, kDType, true>;
   using Plain = Traits<kHeadDim, kDType, false>;
   if (fwd_sm80_quantized(params)) return launch_tiles<General, GeneralScore, true>(params, stream);
@@ -390,7 +393,17 @@ cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream) 
                                   : launch_tiles<Plain, ScaledScore, false>(params, stream);
 }
 
-template cudaError_t launch_fwd_sm80<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const AttentionParams&,
-                                                                           cudaStream_t);
+}  // namespace
+
+template <int kHeadDim>
+cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream) {
+  const auto run = [&]<DType kDType>() { return launch_dtype<kHeadDim, kDType>(params, stream); };
+  if constexpr (kHeadDim <= kMostHeadDim) {
+    if (params.dtype == DType::kF32) return run.template operator()<DType::kF32>();
+  }
+  return with_16_bits(params.dtype, run);
+}
+
+template cudaError_t launch_fwd_sm80<JAX_FA_HEAD_DIM>(const AttentionParams&, cudaStream_t);
 
 }  // namespace jax_fa

@@ -34,6 +34,7 @@
 //
 // Barriers come in pairs, `full` and `empty`, for keys, values, each buffer of queries, of ds, of
 // terms of dq and of descriptions of work.
+#include "../dtypes.h"
 #include "bwd_consumer.cuh"
 #include "bwd_pair.cuh"
 #include "bwd_producer.cuh"
@@ -314,8 +315,10 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+namespace {
+
 template <int kHeadDim, DType kDType>
-cudaError_t launch_bwd_sm90(const BackwardParams& p, cudaStream_t stream) {
+cudaError_t launch_dtype(const BackwardParams& p, cudaStream_t stream) {
   const bool general = bwd_general(p.fwd);
   if (p.fwd.seeds) {
     return general ? launch<HopperBwdTraits<kHeadDim, kDType, true, true>>(p, stream)
@@ -325,7 +328,14 @@ cudaError_t launch_bwd_sm90(const BackwardParams& p, cudaStream_t stream) {
                  : launch<HopperBwdTraits<kHeadDim, kDType, false, false>>(p, stream);
 }
 
-template cudaError_t launch_bwd_sm90<JAX_FA_HEAD_DIM, DType::JAX_FA_DTYPE>(const BackwardParams&,
-                                                                           cudaStream_t);
+}  // namespace
+
+template <int kHeadDim>
+cudaError_t launch_bwd_sm90(const BackwardParams& p, cudaStream_t stream) {
+  return with_16_bits(p.fwd.dtype,
+                      [&]<DType kDType>() { return launch_dtype<kHeadDim, kDType>(p, stream); });
+}
+
+template cudaError_t launch_bwd_sm90<JAX_FA_HEAD_DIM>(const BackwardParams&, cudaStream_t);
 
 }  // namespace jax_fa

@@ -41,6 +41,7 @@
 // the ring of descriptions of tiles. Of those `judged` tells warp 0 whether a tile is done or has
 // to be done again, before its epilogue.
 #include "../dropout.cuh"
+#include "../dtypes.h"
 #include "../softmax.cuh"
 #include "block.cuh"
 #include "copier.cuh"
@@ -679,9 +680,10 @@ cudaError_t launch(const AttentionParams& p, const CopiedCache& copied, cudaStre
                 p.beside_previous, params);
 }
 
+namespace {
+
 template <int kHeadDim, int kHeadDimV, DType kDType>
-cudaError_t launch_fwd_sm90(const AttentionParams& p, const CopiedCache& copied,
-                            cudaStream_t stream) {
+cudaError_t launch_dtype(const AttentionParams& p, const CopiedCache& copied, cudaStream_t stream) {
   const auto run = [&]<FwdClass kClass>() {
     if constexpr (kHeadDim == kHeadDimV || !fwd_sm90_quantized(kClass)) {
       return launch<HopperTraits<kHeadDim, kHeadDimV, kDType, kClass>>(p, copied, stream);
@@ -712,7 +714,18 @@ cudaError_t launch_fwd_sm90(const AttentionParams& p, const CopiedCache& copied,
   }
 }
 
-template cudaError_t launch_fwd_sm90<JAX_FA_HEAD_DIM, JAX_FA_HEAD_DIM_V, DType::JAX_FA_DTYPE>(
-    const AttentionParams&, const CopiedCache&, cudaStream_t);
+}  // namespace
+
+template <int kHeadDim, int kHeadDimV>
+cudaError_t launch_fwd_sm90(const AttentionParams& p, const CopiedCache& copied,
+                            cudaStream_t stream) {
+  return with_16_bits(p.dtype, [&]<DType kDType>() {
+    return launch_dtype<kHeadDim, kHeadDimV, kDType>(p, copied, stream);
+  });
+}
+
+template cudaError_t launch_fwd_sm90<JAX_FA_HEAD_DIM, JAX_FA_HEAD_DIM_V>(const AttentionParams&,
+                                                                         const CopiedCache&,
+                                                                         cudaStream_t);
 
 }  // namespace jax_fa
