@@ -550,6 +550,7 @@ nb::dict to_dict(const Plan& plan) {
 NB_MODULE(_jax_fa, m) {
   using namespace jax_fa;
   m.attr("head_dims") = nb::make_tuple(JAX_FA_HEAD_DIMS);
+  m.attr("taken_counts") = kTakenCounts;  // ints of scratch of any prefill call
   m.def("handlers", [] {
     nb::dict handlers;
     const auto add = [&](const char* name, auto* handler) {
@@ -584,6 +585,8 @@ NB_MODULE(_jax_fa, m) {
   m.def("dq_sum_size", &dq_sum_size, nb::arg("batch"), nb::arg("len_q"), nb::arg("total_q"),
         nb::arg("heads_q"), nb::arg("head_dim"), nb::arg("head_dim_v"), nb::arg("element_bytes"),
         nb::arg("deterministic"));
+  // Whether Hopper multiplies fp8 keys of these head dims as they are stored.
+  m.def("multiplies_bytes", &multiplies_bytes, nb::arg("head_dim"), nb::arg("head_dim_v"));
   // Of a prefill that copies keys and values of 8 bits: ints of scratch, tokens of a row's copy.
   m.def(
       "copy_scratch",

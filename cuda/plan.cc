@@ -60,14 +60,13 @@ cudaError_t with_tile(int tile_dim, Launch launch) {
   return with_tile<kMostHeadDim>(tile_dim, launch, kTiles);
 }
 
-// Whether the Hopper kernels are compiled in, and not forbidden by JAX_FA_ARCH=sm80.
+// Whether the Hopper kernels are compiled in.
+constexpr bool kHasHopper = JAX_FA_SM90;
+
+// Whether they are, and not forbidden by JAX_FA_ARCH=sm80.
 bool hopper_allowed() {
-#if JAX_FA_SM90
   static const char* arch = std::getenv("JAX_FA_ARCH");
-  return !arch || std::strcmp(arch, "sm80") != 0;
-#else
-  return false;
-#endif
+  return kHasHopper && (!arch || std::strcmp(arch, "sm80") != 0);
 }
 
 // 10 * major + minor of the current device; 0 if there is none.
@@ -84,21 +83,19 @@ bool runs_hopper_kernel(const AttentionParams& p, int capability) {
   return runs_hopper(capability) && fwd_sm90_covers(p, tile_dim_of(p));
 }
 
-cudaError_t run_hopper_kernel([[maybe_unused]] const AttentionParams& p,
-                              [[maybe_unused]] const CopiedCache& copied,
-                              [[maybe_unused]] cudaStream_t stream) {
-#if JAX_FA_SM90
+cudaError_t run_hopper_kernel(const AttentionParams& p, const CopiedCache& copied,
+                              cudaStream_t stream) {
   return with_tile(tile_dim_of(p), [&]<int kDim>() {
-    if constexpr (kDim == kFwdDimOfNarrowValues) {
-      if (fwd_sm90_dim_v(p, kDim) < kDim) {
-        return launch_fwd_sm90<kDim, kFwdNarrowValues>(p, copied, stream);
+    if constexpr (kHasHopper) {
+      if constexpr (kDim == kFwdDimOfNarrowValues) {
+        if (fwd_sm90_dim_v(p, kDim) < kDim) {
+          return launch_fwd_sm90<kDim, kFwdNarrowValues>(p, copied, stream);
+        }
       }
+      return launch_fwd_sm90<kDim, kDim>(p, copied, stream);
     }
-    return launch_fwd_sm90<kDim, kDim>(p, copied, stream);
+    return cudaErrorInvalidValue;
   });
-#else
-  return cudaErrorInvalidValue;
-#endif
 }
 
 bool runs_hopper_backward(const BackwardParams& p, int tile_dim, int capability) {
@@ -117,12 +114,13 @@ cudaError_t run_backward_kernels(const BackwardParams& p, int stages, cudaStream
   const auto then = [&](auto launch) {
     if (status == cudaSuccess) status = with_tile(tile_dim_of(p.fwd), launch);
   };
-#if JAX_FA_SM90
   if (p.dq_sum && runs_hopper_backward(p, tile_dim_of(p.fwd), current_capability())) {
-    then([&]<int kDim>() { return launch_bwd_sm90<kDim>(p, stream); });
+    then([&]<int kDim>() {
+      if constexpr (kHasHopper) return launch_bwd_sm90<kDim>(p, stream);
+      return cudaErrorInvalidValue;
+    });
     return status;
   }
-#endif
   then([&]<int kDim>() {
     if constexpr (bwd_shares_scores(kDim)) {
       if (p.dq_sum) return launch_bwd_shared_sm80<kDim>(p, stages, stream);
@@ -245,6 +243,10 @@ cudaError_t run_copied(const AttentionParams& params, void* k, void* v, cudaStre
   }
   const cudaError_t status = launch_widen(p, copied, stream);
   return status == cudaSuccess ? run_attention(Operation::kPrefill, p, {}, stream) : status;
+}
+
+bool multiplies_bytes(int head_dim, int head_dim_v) {
+  return tile_dim_of(head_dim, head_dim_v) == kFwdDimOfBytes;
 }
 
 CopyScratch copy_scratch(int rows, int tokens, int heads_kv, int head_dim, int head_dim_v) {

@@ -78,6 +78,9 @@ struct CopyScratch {
 cudaError_t run_copied(const AttentionParams& params, void* k, void* v, cudaStream_t stream);
 CopyScratch copy_scratch(int rows, int tokens, int heads_kv, int head_dim, int head_dim_v);
 
+// Whether Hopper's prefill kernel of these head dims may multiply fp8 keys as they are stored.
+bool multiplies_bytes(int head_dim, int head_dim_v);
+
 cudaError_t run_attention(Operation operation, const AttentionParams& params,
                           const SplitScratch& scratch, cudaStream_t stream);
 

@@ -14,7 +14,6 @@ BACKWARD = ("jax_fa_fwd_bwd", "jax_fa_varlen_bwd")
 # than widening them for every tile (H200), or than products that take fp8 keys as they are.
 _READERS_OF_COPIES, _READERS_OF_BYTES = 8, 16
 _MOST_COPIED_BYTES = 2 << 30
-_TAKEN = 2  # kTakenCounts in cuda/params.h
 _LAYOUTS = (_layout.SEPARATE, _layout.KV_PACKED, _layout.QKV_PACKED)
 
 
@@ -77,7 +76,7 @@ def _ffi_call(op, operands, static):
     elif op.name == "jax_fa_fwd":
         results += _prefill_scratch(operands, static)
     elif op.name in ("jax_fa_varlen_fwd", "jax_fa_hybrid"):
-        results.append(jax.ShapeDtypeStruct((_TAKEN,), np.int32))
+        results.append(jax.ShapeDtypeStruct((_jax_fa.taken_counts,), np.int32))
     if op.name == "jax_fa_hybrid":
         results += _hybrid_scratch(operands, static["split_size"])
     if op.name in BACKWARD:
@@ -166,8 +165,8 @@ def copies(operands, static):
     extras = ("k_scale", "v_scale", "slopes", "bias")
     plain = static["scale"] > 0 and not static["softcap"]
     plain = plain and all(operands[name].shape == (0,) for name in extras)
-    # as fwd_sm90_multiplies_bytes in cuda/sm90/tiles.h
-    as_bytes = plain and has_fp8_keys(operands) and 96 < max(k.shape[-1], v.shape[-1]) <= 128
+    as_bytes = plain and has_fp8_keys(operands)
+    as_bytes = as_bytes and _jax_fa.multiplies_bytes(k.shape[-1], v.shape[-1])
     least = _READERS_OF_BYTES if as_bytes else _READERS_OF_COPIES
     return readers >= least and size <= _MOST_COPIED_BYTES
 
@@ -176,9 +175,9 @@ def _prefill_scratch(operands, static):
     """What launches count, and a call's copies of keys and values."""
     if not copies(operands, static):
         absent = jax.ShapeDtypeStruct((0,), np.float32)
-        return [jax.ShapeDtypeStruct((_TAKEN,), np.int32), absent, absent]
+        return [jax.ShapeDtypeStruct((_jax_fa.taken_counts,), np.int32), absent, absent]
     ints, _ = _copy_scratch(operands)
-    return [jax.ShapeDtypeStruct((_TAKEN + ints,), np.int32), *_copies_of(operands)]
+    return [jax.ShapeDtypeStruct((_jax_fa.taken_counts + ints,), np.int32), *_copies_of(operands)]
 
 
 def _copies_of(operands):

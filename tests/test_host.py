@@ -514,3 +514,14 @@ def test_explain_of_an_unknown_device_lists_those_known():
 )
 def test_scratch_of_copies_of_8_bits(rows, tokens, heads, dims, units):
     assert _jax_fa.copy_scratch(rows, tokens, heads, *dims) == (1 + units, -(-tokens // 8) * 8)
+
+
+@pytest.mark.skipif(
+    not {96, 128, 192} <= set(_jax_fa.head_dims), reason="a build of some head dims alone"
+)
+@pytest.mark.parametrize(
+    "dims, expected",
+    [((128, 128), True), ((104, 64), True), ((96, 96), False), ((64, 136), False)],
+)
+def test_hopper_multiplies_bytes_on_tiles_of_128_dims(dims, expected):
+    assert _jax_fa.multiplies_bytes(*dims) == expected

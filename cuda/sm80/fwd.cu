@@ -387,7 +387,12 @@ template <int kHeadDim, DType kDType>
 cudaError_t launch_dtype(const AttentionParams& params, cudaStream_t stream) {
   using General = Traits<kHeadDim, kDType, true>;
   using Plain = Traits<kHeadDim, kDType, false>;
-  if (fwd_sm80_quantized(params)) return launch_tiles<General, GeneralScore, true>(params, stream);
+  if (fwd_sm80_quantized(params)) {
+    if constexpr (kDType != DType::kF32) {  // whose keys are of 32 bits
+      return launch_tiles<General, GeneralScore, true>(params, stream);
+    }
+    return cudaErrorInvalidValue;
+  }
   if (params.seeds) return launch_tiles<General, Dropped<GeneralScore>, false>(params, stream);
   return fwd_sm80_general(params) ? launch_tiles<General, GeneralScore, false>(params, stream)
                                   : launch_tiles<Plain, ScaledScore, false>(params, stream);
