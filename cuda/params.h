@@ -150,9 +150,9 @@ struct AppendParams {
   DType dtype, k_dtype, v_dtype;
 };
 
-// cuda/sm80/fwd.cu: prefill on mma.sync, every feature. kHeadDim is the tile: the smallest compiled
-// head dim that holds head_dim and head_dim_v; dims between are zero-filled on the way into shared
-// memory.
+// cuda/sm80/fwd.cu: prefill on mma.sync, every feature; 8-bit keys and values for 16-bit queries
+// alone. kHeadDim is the tile: the smallest compiled head dim that holds head_dim and head_dim_v;
+// dims between are zero-filled on the way into shared memory.
 template <int kHeadDim>
 cudaError_t launch_fwd_sm80(const AttentionParams& params, cudaStream_t stream);
 

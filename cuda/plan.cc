@@ -351,7 +351,9 @@ Plan plan_of(const std::string& operation, int batch, int len_q, int total_q, in
     int column_tiles = decode_column_tiles(tile_dim, columns);
     DecodeSplit split = decode_split(batch, len_q, heads_q, heads_kv, head_dim, head_dim_v,
                                      max_len_kv, kv_bytes, options.grouped);
-    while (decode_shared_kb(tile_dim, column_tiles, split.warps) > options.shared_kb) {
+    constexpr int kOldGpus = 163;  // KiB: code for them has no wider blocks
+    const int shared_kb = kHasHopper ? options.shared_kb : std::min(options.shared_kb, kOldGpus);
+    while (decode_shared_kb(tile_dim, column_tiles, split.warps) > shared_kb) {
       if (split.warps != kWideWarps || column_tiles > 1) column_tiles /= 2;
       split.warps = decode_warps(column_tiles);
     }

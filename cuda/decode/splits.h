@@ -31,8 +31,9 @@ constexpr int decode_warps(int column_tiles) {
   return column_tiles == 1 ? 2 : column_tiles == 2 ? 4 : kWideWarps;
 }
 
-// KiB of shared memory that a GPU must give such a block. Those with less take fewer columns or
-// warps, which are right for any number of splits.
+// KiB of shared memory that a GPU must give such a block; what no GPU before sm_90 has, code for
+// those leaves out. GPUs with less take fewer columns or warps, which are right for any number of
+// splits.
 constexpr int decode_shared_kb(int head_dim, int column_tiles, int warps) {
   if (warps == kWideWarps) return 227;
   return column_tiles > 1 && head_dim > 128 ? 163 : 99;

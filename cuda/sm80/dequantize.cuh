@@ -23,18 +23,6 @@ __device__ inline float2 widen(uint32_t two, DType dtype) {
   return __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(storage, format)));
 }
 
-template <class Traits>
-__device__ void narrow(uint32_t (&chunk)[4], const float* x) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (Traits::kDType == DType::kF32) {
-      chunk[i] = __float_as_uint(x[i]);
-    } else {
-      chunk[i] = Mma<Traits::kDType>::pack(x[2 * i], x[2 * i + 1]);
-    }
-  }
-}
-
 // 8 elements of key `key` from `dim` on, with the scale that applies to elements.
 __device__ inline void read_quantized(float (&out)[8], const KvTensor& x, const KvHead& kv, int key,
                                       int dim, int head_dim) {
@@ -59,7 +47,8 @@ __device__ inline float column_scale(const KvTensor& x, const KvHead& kv, int ke
   return x.scale[scale_offset(x, kv.where(key), kv.head)] / downscale(x.dtype);
 }
 
-// As load_kv, for keys of 8 bits or of the type of the queries; sScale gets their columns' factors.
+// As load_kv, for keys of 8 bits or of the type of the queries, which is of 16; sScale gets their
+// columns' factors.
 template <class Traits, int kRows>
 __device__ void load_kv_quantized(uint32_t sTile, float* sScale, const PageSlots<kRows>& slots,
                                   const KvTensor& x, const KvHead& kv, int first, int head_dim) {
@@ -69,8 +58,8 @@ __device__ void load_kv_quantized(uint32_t sTile, float* sScale, const PageSlots
     load_kv<Traits, kRows>(sTile, slots, x, kv, first, head_dim);
     return;
   }
-  constexpr int kSteps = Traits::kHeadDim / 8;  // 8 elements are one 16-bit chunk or two of 32 bits
-  constexpr int kChunks = 8 / Layout::kChunkElements;
+  static_assert(Layout::kChunkElements == 8);
+  constexpr int kSteps = Traits::kHeadDim / 8;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * kSteps; i += Traits::kThreads) {
     const int row = i / kSteps, dim = i % kSteps * 8;
@@ -78,12 +67,12 @@ __device__ void load_kv_quantized(uint32_t sTile, float* sScale, const PageSlots
     if (first + row < kv.len && dim < head_dim) {
       read_quantized(elements, x, kv, first + row, dim, head_dim);
     }
+    uint32_t chunk[4];
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      uint32_t chunk[4];
-      narrow<Traits>(chunk, elements + c * Layout::kChunkElements);
-      ptx::store_shared_v4(sTile + Layout::offset(row, dim / Layout::kChunkElements + c), chunk);
+    for (int c = 0; c < 4; ++c) {
+      chunk[c] = Mma<Traits::kDType>::pack(elements[2 * c], elements[2 * c + 1]);
     }
+    ptx::store_shared_v4(sTile + Layout::offset(row, dim / 8), chunk);
   }
 }
 
