@@ -1,5 +1,6 @@
 """Flash attention for JAX on NVIDIA GPUs: prefill, decoding and quantized caches."""
 
+from . import _export as _export
 from ._attention import flash_attention as flash_attention
 from ._attention import flash_attention_kvpacked as flash_attention_kvpacked
 from ._attention import flash_attention_qkvpacked as flash_attention_qkvpacked

@@ -6,8 +6,10 @@ where that can be helped: unmapped they stay, and rows find them by an index.
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -45,6 +47,8 @@ class Operation:
 def batch(op, p, args, axes, **static):
     """The batching rule of primitive p."""
     size = next(x.shape[axis] for x, axis in zip(args, axes) if axis is not None)
+    if size == 0:
+        return _no_lanes(p, args, axes, static)
     if any(
         axis is not None for kind, axis in zip(op.operands.values(), axes) if kind is Kind.TABLE
     ):
@@ -53,6 +57,15 @@ def batch(op, p, args, axes, **static):
     outs = p.bind(*(fold(name) for name in op.operands), **fold.static)
     unfolded = [fold.unfold(i, x) for i, x in enumerate(outs)]
     return [x for x, _ in unfolded], [axis for _, axis in unfolded]
+
+
+def _no_lanes(p, args, axes, static):
+    lane = (
+        jax.ShapeDtypeStruct([n for i, n in enumerate(x.shape) if i != axis], x.dtype)
+        for x, axis in zip(args, axes)
+    )
+    outs = jax.eval_shape(functools.partial(p.bind, **static), *lane)
+    return [jnp.zeros((0, *x.shape), x.dtype) for x in outs], [0] * len(outs)
 
 
 def _loop(p, size, args, axes, static):

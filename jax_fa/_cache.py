@@ -70,6 +70,7 @@ class _Cache:
         if packed:
             if counts is not None:
                 raise ValueError("counts must be None with cu_seqlens, which gives them")
+            _checks.starts("cu_seqlens", cu_seqlens, k.shape[0])
             counts = cu_seqlens[1:] - cu_seqlens[:-1]
         if (layer is None) != (self._layers is None):
             raise ValueError(f"layer must be given for a cache with layers only, got {layer=}")
@@ -141,9 +142,18 @@ class _Cache:
         if most > self.capacity:
             raise ValueError(f"rows must not grow past capacity {self.capacity}, got {most}")
 
+    def _has_given_scales(self):
+        """Whether scales stay as they are: those that tokens share do not follow a new one."""
+        scaled = [x for x in (self.k, self.v) if getattr(x, "scale", None) is not None]
+        shared = {x.scale.shape[-2] < x.values.shape[-3] for x in scaled}
+        if len(shared) > 1:
+            have = " and ".join(str(tuple(x.scale.shape)) for x in scaled)
+            raise ValueError(f"scales of k and v must both be shared by tokens, or neither: {have}")
+        return self.granularity == "tensor" or True in shared
+
     def _bind(self, operands, layer_stride, interleaved, implementation):
         """Appends; returns k and v in the form that they have in the cache."""
-        given = self.granularity == "tensor"
+        given = self._has_given_scales()
 
         def call(operands):
             old_k, old_v = operands["k"], operands["v"]
@@ -201,7 +211,8 @@ class KVCache(_Cache):
       k: `[B, S, K, H]`, or `[L, B, S, K, H]` with layers; an array or a `QuantizedArray`.
       v: As k.
       lengths: int32 `[B]`: tokens in each row.
-      granularity: What shares a scale in a quantized cache.
+      granularity: What shares a scale in a quantized cache. Scales that tokens share stay as they
+        are when others come.
     """
 
     k: jax.Array | QuantizedArray
@@ -256,7 +267,8 @@ class PagedKVCache(_Cache):
       lengths: int32 `[B]`: tokens in each row.
       page_table: int32 `[B, max_pages]`; -1 for no page. Who fills it is the caller:
         `dataclasses.replace(cache, page_table=...)`.
-      granularity: What shares a scale in a quantized cache.
+      granularity: What shares a scale in a quantized cache. Scales that tokens share stay as they
+        are when others come.
     """
 
     k: jax.Array | QuantizedArray

@@ -89,12 +89,13 @@ def int32(name, x, *allowed, form):
 
 
 def layer(x, layers):
-    """The layer of a stacked cache as an int32 scalar; Python's numbers are checked for range."""
-    if isinstance(x, (int, np.integer)) and not 0 <= x < layers:
-        raise ValueError(f"layer must be in [0, {layers}), got {x}")
+    """The layer of a stacked cache as an int32 scalar, in range where it is known."""
+    number = known(x)
     x = jnp.asarray(x)
     if x.ndim or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"layer must be an integer scalar, got {x.dtype}{x.shape}")
+    if number is not None and not 0 <= number < layers:
+        raise ValueError(f"layer must be in [0, {layers}), got {number}")
     return x.astype(jnp.int32)
 
 
@@ -113,6 +114,13 @@ def counts(x, most):
     x = known(x)
     if x is not None and ((x < 0) | (x > most)).any():
         raise ValueError(f"counts must be in [0, {most}], got {x}")
+
+
+def starts(name, x, total):
+    """Where starts of packed rows are known, none is outside the tokens or below the one before."""
+    x = known(x)
+    if x is not None and ((x < 0) | (x > total) | (np.diff(x, prepend=0) < 0)).any():
+        raise ValueError(f"{name} must never decrease and stay in [0, {total}], got {x}")
 
 
 def bound(name, value):

@@ -51,6 +51,9 @@ DEVICES = {
     ]
 }
 
+# KiB of shared memory that a block can have, by 10 * major + minor; of others 99.
+_SHARED_KB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
+
 _OPERATION = {
     "jax_fa_fwd": "prefill",
     "jax_fa_varlen_fwd": "prefill",
@@ -118,7 +121,8 @@ def explain(fn, *args, device=None):
       fn: A function of `args` that calls this library, under `jit` or not.
       *args: Its arguments: arrays or `jax.ShapeDtypeStruct`s.
       device: "h200", "h100", "a100", "l40s": on a machine without that GPU too. None: the GPU of
-        this process; without one the reference on the CPU.
+        this process, whose time at best is nan if it is none of these; without one the reference on
+        the CPU.
 
     Returns:
       A list of `Call`, one for each attention call in the order of the program; print them.
@@ -133,11 +137,26 @@ def explain(fn, *args, device=None):
 
 def _device(name):
     if name is None:
-        kind = jax.devices()[0].device_kind.lower()
-        return next((peak for key, peak in DEVICES.items() if key in kind), None)
+        device = jax.devices()[0]
+        kind = device.device_kind.lower()
+        listed = (peak for key, peak in DEVICES.items() if key in kind)
+        return next(listed, None) or _unlisted(device)
     if name not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
     return DEVICES[name]
+
+
+def _unlisted(device):
+    """What a GPU says of itself, without peak rates; None if kernels do not run on it."""
+    try:
+        major, minor = (int(x) for x in device.compute_capability.split("."))
+    except (AttributeError, ValueError):  # no NVIDIA GPU
+        return None
+    if major < 8:
+        return None
+    unknown = [math.nan] * 4
+    shared_kb = _SHARED_KB.get(10 * major + minor, 99)
+    return Device(device.device_kind, *unknown, 10 * major + minor, device.core_count, shared_kb)
 
 
 def _calls(jaxpr, count):
@@ -193,7 +212,7 @@ def _why_reference(name, x, static, implementation, peak):
     if implementation == "reference":
         return "implementation='reference'"
     if peak is None:
-        return "not a known NVIDIA GPU"
+        return "no NVIDIA GPU of compute capability 8.0 or later"
     reason = _limits.no_kernel(name, x, static)
     if reason and name in BACKWARD:
         return f"through XLA, recomputed from lse in chunks: {reason}"
@@ -283,7 +302,7 @@ def _operand_bytes(name, x):
     total = 0
     for key, aval in x.items():
         if key in ("k", "v", "k_scale", "v_scale") and "kv_lengths" in x and "layer" in x:
-            tokens = x["k"].shape[0] * x["k"].shape[1]
+            tokens = max(x["k"].shape[0] * x["k"].shape[1], 1)
             total += _nbytes(aval) * x["kv_lengths"].shape[0] * cache_length(x) / tokens
         else:
             total += _nbytes(aval)
@@ -297,7 +316,7 @@ def _flops(name, x, static):
     if "q_start" not in x:
         len_kv = k[1] if "layer" not in x else cache_length(x)
         return per_pair * q[0] * q[-2] * _visible(q[1], len_kv, static)
-    rows = x["q_start"].shape[0]
+    rows = max(x["q_start"].shape[0], 1)
     len_kv = k[0] / rows if "k_start" in x else cache_length(x)
     return per_pair * rows * q[-2] * _visible(round(q[0] / rows), round(len_kv), static)
 

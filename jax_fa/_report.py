@@ -63,8 +63,10 @@ def shape_call(args):
 
         calls = explain(call, q, cache, device=args.device)
     else:
-        k = jax.ShapeDtypeStruct((args.batch, len_kv, kv_heads, args.head_dim), q_dtype)
-        if is_quantized_dtype(kv_dtype):
+        quantized = is_quantized_dtype(kv_dtype)
+        shape = (args.batch, len_kv, kv_heads, args.head_dim)
+        k = jax.ShapeDtypeStruct(shape, q_dtype if quantized else kv_dtype)
+        if quantized:
             k = jax.eval_shape(lambda x: quantize(x, kv_dtype), k)
 
         def call(q, k, v):

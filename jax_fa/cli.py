@@ -150,7 +150,12 @@ def _add_explain(commands):
 def _explain(args):
     from ._report import shape_call
 
-    print(shape_call(args))
+    if args.page_size and not args.decode:
+        return _fail("--page-size must come with --decode")
+    try:
+        print(shape_call(args))
+    except (NotImplementedError, ValueError) as error:
+        return _fail(error)
     return 0
 
 

@@ -103,7 +103,7 @@ def attention_fn(
     promote = promote_dtype or _promote_dtype
     query, key, value = promote((query, key, value), dtype=dtype)
     batch = query.shape[:-3]
-    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
     bias = _bias(bias, mask, batch, q.dtype)
     window = None
     if is_causal:

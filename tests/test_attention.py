@@ -411,3 +411,18 @@ def test_two_runs_and_a_batch_permutation_have_the_same_bits(rng):
     order = np.array([2, 0, 3, 1])
     np.testing.assert_array_equal(call(q, k, v), call(q, k, v))
     np.testing.assert_array_equal(call(q[order], k[order], v[order]), call(q, k, v)[order])
+
+
+def test_lengths_and_windows_beyond_the_arrays_are_those_of_the_arrays(rng):
+    q, k, v = cases.qkv(rng, cases.Shape(2, 5, 7, 2, 1, 8))
+    none, beyond = (jnp.asarray(x, jnp.int32) for x in ([0, 0], [11, 2**31 - 1]))
+    for window in (None, (2, 1), (2**31 - 1, 2**31 - 1)):
+        exact = jax_fa.flash_attention(q, k, v, window=window)
+        np.testing.assert_allclose(
+            jax_fa.flash_attention(q, k, v, window=window, q_lengths=beyond, kv_lengths=beyond),
+            exact,
+            rtol=1e-6,
+        )
+        assert not jax_fa.flash_attention(q, k, v, window=window, kv_lengths=none - 3).any()
+    widest = jax_fa.flash_attention(q, k, v, window=2**31 - 1)
+    np.testing.assert_allclose(widest, jax_fa.flash_attention(q, k, v), rtol=1e-6)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from caches import BATCH, DIM, HEADS, PAGES, PLAIN, QUANTIZED, create, with_garbage
+from caches import BATCH, DIM, HEADS, LENGTH, PAGES, PLAIN, QUANTIZED, create, with_garbage
 from reference import assert_close
 
 import jax_fa
@@ -144,6 +144,19 @@ def test_tensor_granularity_uses_the_given_scale(rng):
     np.testing.assert_array_equal(np.asarray(after.k.values[:, :2]), expected)
     assert float(after.k.scale.squeeze()) == np.float32(0.03)
     assert float(after.v.scale.squeeze()) == np.float32(0.02)
+
+
+def test_scales_that_tokens_share_stay_as_they_are(rng):
+    k, v = (cases.normal(rng, BATCH, LENGTH, HEADS, DIM) for _ in "kv")
+    k, v = (jax_fa.quantize(x, "int8", "tensor") for x in (k, v))
+    cache = jax_fa.KVCache(k, v, jnp.asarray([0, 4, 9], jnp.int32))
+    new = cases.normal(rng, BATCH, 1, HEADS, DIM)
+    after = cache.append(new, new)
+    np.testing.assert_array_equal(after.k.scale, k.scale)
+    np.testing.assert_array_equal(after.v.scale, v.scale)
+    np.testing.assert_array_equal(after.k.values[1, :4], k.values[1, :4])
+    expected = np.clip(np.round(np.asarray(new) / np.asarray(k.scale).squeeze()), -127, 127)
+    np.testing.assert_array_equal(after.k.values[1, 4], expected[1, 0])
 
 
 def test_keys_and_values_of_different_dtypes(rng):
@@ -345,3 +358,17 @@ def test_caches_are_pytrees_and_pickle(rng):
             np.testing.assert_array_equal(x, y)
         paths = [jax.tree_util.keystr(p) for p, _ in jax.tree.flatten_with_path(cache)[0]]
         assert ".lengths" in paths
+
+
+def test_export_of_a_function_of_caches_round_trips(rng):
+    pytest.importorskip("flatbuffers", reason="what jax.export serializes with")
+    from jax import export
+
+    k = cases.normal(rng, BATCH, 2, HEADS, DIM)
+    for cache in (create("contiguous", dtype="int8"), create("paged", dtype="float8_e5m2")):
+        step = jax.jit(lambda cache, k: cache.append(k, k))
+        checks = jax_fa.DISABLED_EXPORT_CHECKS
+        text = export.export(step, disabled_checks=checks)(cache, k).serialize()
+        again = export.deserialize(text).call(cache, k)
+        assert type(again) is type(cache) and again.granularity == cache.granularity
+        jax.tree.map(np.testing.assert_array_equal, again, step(cache, k))

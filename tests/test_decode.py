@@ -381,3 +381,24 @@ def test_merge_of_decode_and_of_nothing(rng):
     with np.errstate(divide="ignore"):
         assert_close(lse, np.log(total), 2e-6)
     assert (out[1, 2] == 0).all() and lse[1, 2] == -jnp.inf
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_lengths_beyond_the_cache_are_its_capacity(kind, rng):
+    cache = with_garbage(create(kind), rng, [0, 0, 0])
+    rows, capacity = BATCH, cache.capacity
+    table = getattr(cache, "page_table", None)
+    q = cases.normal(rng, rows, 3, 2 * HEADS, DIM)
+    starts = jnp.arange(rows + 1, dtype=jnp.int32) * 3
+
+    def attend(length):
+        lengths = jnp.full((rows,), length, jnp.int32)
+        kw = {"page_table": table, "window": (4, 0)}
+        dense = jax_fa.decode_attention(q, cache.k, cache.v, lengths, **kw)
+        packed = q.reshape(-1, *q.shape[2:])
+        hybrid = jax_fa.hybrid_attention(packed, cache.k, cache.v, starts, lengths, **kw)
+        return dense, hybrid.reshape(dense.shape)
+
+    for x, y in zip(attend(capacity + 2), attend(capacity)):
+        np.testing.assert_array_equal(x, y)
+    assert not any(x.any() for x in attend(-1))

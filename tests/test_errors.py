@@ -292,9 +292,31 @@ CACHES = {
         append(f(6, 2, 8), cu_seqlens=i(0, 3, 6)),
         "k must have the 3 rows of the cache",
     ),
+    "cu_seqlens past the tokens": (
+        append(f(6, 2, 8), cu_seqlens=i(0, 3, 5, 7)),
+        r"cu_seqlens must never decrease and stay in \[0, 6\], got \[0 3 5 7\]",
+    ),
+    "cu_seqlens that decrease": (
+        append(f(6, 2, 8), cu_seqlens=i(0, 3, 1, 6)),
+        "cu_seqlens must never decrease",
+    ),
+    "scales of keys alone that tokens share": (
+        append(
+            cache=jax_fa.KVCache(
+                jax_fa.quantize(f(3, 9, 2, 8), "int8", "tensor"),
+                jax_fa.quantize(f(3, 9, 2, 8), "int8"),
+                i(0, 0, 0),
+            )
+        ),
+        "scales of k and v must both be shared by tokens, or neither",
+    ),
     "layer missing": (append(cache=LAYERS), "layer must be given for a cache with layers only"),
     "layer too many": (append(layer=0), "layer must be given for a cache with layers only"),
     "layer past the last": (append(cache=LAYERS, layer=2), r"layer must be in \[0, 2\), got 2"),
+    "array of a layer past the last": (
+        append(cache=LAYERS, layer=jnp.int32(-1)),
+        r"layer must be in \[0, 2\), got -1",
+    ),
     "batch_index": (append(batch_index=f(3)), "batch_index must be int32, got float32"),
     "full": (append(f(3, 10, 2, 8)), "rows must not grow past capacity 9, got 10"),
     "rotary": (

@@ -462,3 +462,9 @@ def test_layer_refuses():
         cached_layer()(normal(3, 24), cu_seqlens=jnp.array([0, 2, 3], jnp.int32))
     with pytest.raises(ValueError, match="capacity 40, got 41"):
         cached_layer()(normal(BATCH, 41, 24), create_cache("contiguous"))
+
+
+def test_no_queries():
+    q, k = (jnp.ones((2, tokens, 4, 8)) for tokens in (0, 5))
+    ours = attention_fn(q, k, k)
+    assert ours.shape == nnx.dot_product_attention(q, k, k).shape == (2, 0, 4, 8)

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import hypothesis
 import jax
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 import jax_fa
-from jax_fa import _jax_fa
+from jax_fa import _jax_fa, cli
 
 
 def test_the_stub_names_what_the_extension_has():
@@ -496,6 +497,48 @@ def test_explain_of_caches_with_wide_heads_names_the_prefill_kernel():
 
     assert kernel(192, 128) == ("decode", "decode, sm90/fwd")
     assert kernel(512, 512) == kernel(64, 512) == ("sm80/fwd", "sm80/fwd")
+
+
+def test_explain_on_a_gpu_that_is_not_listed(monkeypatch):
+    gpu = types.SimpleNamespace(
+        device_kind="NVIDIA GeForce RTX 4090", compute_capability="8.9", core_count=128
+    )
+    x = jnp.zeros((1, 64, 4, 64), jnp.bfloat16)
+    for capability, kernel in [("8.9", "sm80/fwd"), ("9.0", "sm90/fwd"), ("7.5", "reference")]:
+        gpu.compute_capability = capability
+        monkeypatch.setattr(jax, "devices", lambda: [gpu])
+        (call,) = jax_fa.explain(jax_fa.flash_attention, x, x, x)
+        assert call.kernel == kernel and "nan us" in str(call)
+
+
+def test_explain_of_nothing():
+    q = jnp.zeros((0, 4, 64), jnp.bfloat16)
+    starts = jnp.zeros((1,), jnp.int32)
+
+    def varlen(q):
+        return jax_fa.flash_attention_varlen(
+            q, q, q, starts, starts, max_seqlen_q=1, max_seqlen_k=1
+        )
+
+    (call,) = jax_fa.explain(varlen, q, device="h200")
+    assert call.flops == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--window=-3"], "window must be"),
+        (["--softcap=0"], "softcap must be"),
+        (["--heads=5", "--kv-heads=2"], "heads"),
+        (["--decode", "--kv-dtype=float16"], "float16"),
+        (["--kv-dtype=float16"], "float16"),
+        (["--page-size=16"], "--page-size must come with --decode"),
+    ],
+)
+def test_the_command_explain_says_what_does_not_fit(options, message, capsys):
+    assert cli.main(["explain", "--device=h200", *options]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("jax-fa: error:") and message in err
 
 
 def test_explain_of_an_unknown_device_lists_those_known():

@@ -531,3 +531,20 @@ def test_vmap_copies_packed_keys_only_in_part_or_for_gradients(rng):
         whole = all(axes[1] == axes[2] for axes in (outer, inner))
         if unmapped or (whole and (outer[1] == 0) <= (inner[1] == 0)):
             assert not any(have), name_of((outer, inner))
+
+
+def test_vmap_over_no_lanes(rng):
+    shapes = [(0, 2, 5, 4, 8), (2, 7, 2, 8), (0, 2, 7, 2, 8)]
+    q, k, v = (cases.normal(rng, *shape) for shape in shapes)
+    attend = jax.vmap(jax_fa.flash_attention, in_axes=(0, None, 0))
+    assert attend(q, k, v).shape == jax.jit(attend)(q, k, v).shape == (0, 2, 5, 4, 8)
+    grads = jax.vmap(jax.grad(lambda q, k, v: jax_fa.flash_attention(q, k, v).sum()), (0, None, 0))
+    assert grads(q, k, v).shape == (0, 2, 5, 4, 8)
+    lengths = jnp.zeros((0, 2), jnp.int32)
+    decode = jax.vmap(lambda q, n: jax_fa.decode_attention(q, k, k, n))
+    assert decode(q[:, :, 0], lengths).shape == (0, 2, 4, 8)
+    cache = jax.tree.map(lambda x: x[:0], jax.vmap(lambda _: jax_fa.KVCache.create(
+        2, 9, 2, 8, dtype=jnp.float32))(jnp.arange(1)))  # fmt: skip
+    angles = jnp.ones((0, 9, 4))
+    append = jax.vmap(lambda cache, k, angle: cache.append(k, k, rotary=(angle, angle)))
+    assert append(cache, q[..., :2, :], angles).k.shape == (0, 2, 9, 2, 8)

@@ -13,11 +13,12 @@ from ._core import BLOCK, Queries, Score, acc_dtype, attend, cdiv
 from ._keys import absent, cached_keys, dense_keys, in_some_row, paged_keys, row_of_token
 
 CHUNK = 512
+_WIDEST = 1 << 29  # a window that is wider than any length, and overflows with none
 
 
 def _interval(index, len_q, len_kv, static):
     """lo, hi, center and validity of query `index` of rows with those lengths."""
-    left, right = static["window_left"], static["window_right"]
+    left, right = (min(static[name], _WIDEST) for name in ("window_left", "window_right"))
     center = index if static.get("top_left") else index + len_kv - len_q
     hi = len_kv if right < 0 else jnp.minimum(len_kv, center + right + 1)
     lo = jnp.zeros_like(center) if left < 0 else jnp.maximum(0, center - left)
@@ -32,9 +33,14 @@ def _per_row(x):
     return None if x is None else x[:, None]
 
 
+def _within(lengths, most):
+    """Lengths as kernels take them: none is below 0 or past the array."""
+    return jnp.clip(lengths, 0, most)
+
+
 def _rows(batch, len_q, q_lengths, len_kv, static, slopes, sinks, seeds):
     index = jnp.broadcast_to(jnp.arange(len_q, dtype=jnp.int32), (batch, len_q))
-    q_lengths = len_q if absent(q_lengths) is None else q_lengths[:, None]
+    q_lengths = len_q if absent(q_lengths) is None else _within(q_lengths, len_q)[:, None]
     lo, hi, center, valid = _interval(index, q_lengths, len_kv, static)
     first = jnp.zeros_like(index)
     per_row = (_per_row(x) for x in (slopes, sinks, seeds))
@@ -75,6 +81,7 @@ def _dense(q, k, v, k_scale, v_scale, slopes, sinks, bias, q_lengths, kv_lengths
     lengths = absent(kv_lengths)
     live = None
     if lengths is not None:
+        lengths = _within(lengths, len_kv)
 
         def live(start):
             return (start + jnp.arange(chunk, dtype=jnp.int32))[None] < lengths[:, None]
@@ -192,6 +199,11 @@ def _layer_row(layer, batch, stride):
     return jnp.broadcast_to(layer * stride, (batch,))
 
 
+def _capacity(k, page_table):
+    """Keys that a row of a cache holds."""
+    return k.shape[1] * (1 if absent(page_table) is None else page_table.shape[1])
+
+
 def _cache(k, v, k_scale, v_scale, lengths, rows, page_table, layer, chunk_rows, acc, static):
     """Loaders over a contiguous or paged cache for `[B]` rows, and their chunk."""
     batch = lengths.shape[0]
@@ -223,6 +235,7 @@ def decode(q, k, v, k_scale, v_scale, slopes, sinks, kv_lengths, rows, page_tabl
     batch, len_q = q.shape[:2]
     acc = acc_dtype(q)
     empty = jnp.zeros((0,), jnp.int32)
+    kv_lengths = _within(kv_lengths, _capacity(k, page_table))
     queries = _rows(batch, len_q, empty, kv_lengths[:, None], static, slopes, sinks, empty)
     chunk, keys, values = _cache(
         k, v, k_scale, v_scale, kv_lengths, rows, page_table, layer, batch, acc, static
@@ -242,6 +255,7 @@ def hybrid(
     if 0 in (*q.shape, *q_start.shape):
         return _outside(q, v.shape[-1])
     total, batch = q.shape[0], q_start.shape[0]
+    kv_lengths = _within(kv_lengths, _capacity(k, page_table))
     acc = acc_dtype(q)
     size = 1 << (max(1, min(total // batch, 64)).bit_length() - 1)
     block = 64 // size
