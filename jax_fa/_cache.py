@@ -114,11 +114,21 @@ class _Cache:
         lengths = jnp.asarray(self.lengths)
         if batch_index is None:
             return lengths, table, None
-        at = self._inside(batch_index)
-        lengths = lengths.at[at].get(mode="fill", fill_value=0)
+        lengths = self._at(lengths, batch_index, 0)
         if table is None:
             return lengths, None, batch_index
-        return lengths, jnp.asarray(table).at[at].get(mode="fill", fill_value=-1), None
+        return lengths, self._at(jnp.asarray(table), batch_index, -1), None
+
+    def _at(self, x, batch_index, fill):
+        """Rows of x, `fill` for those outside."""
+
+        def call(operands):
+            x, batch_index = operands
+            return (x.at[self._inside(batch_index)].get(mode="fill", fill_value=fill),)
+
+        axes = "BM"[: x.ndim]
+        (out,) = _sharding.run(call, (x, batch_index), x, axes, ["R" + axes[1:]])
+        return out
 
     def _inside(self, batch_index):
         """Indices with those below 0 moved out of bounds, where they do not wrap."""
@@ -130,8 +140,14 @@ class _Cache:
         if batch_index is None:
             lengths = lengths + counts
         else:
-            at = self._inside(_checks.int32("batch_index", batch_index, (None,), form="[B]"))
-            lengths = lengths.at[at].add(counts, mode="drop")
+            batch_index = _checks.int32("batch_index", batch_index, (None,), form="[B]")
+
+            def add(operands):
+                lengths, batch_index, counts = operands
+                return (lengths.at[self._inside(batch_index)].add(counts, mode="drop"),)
+
+            operands = lengths, batch_index, counts
+            (lengths,) = _sharding.run(add, operands, lengths, "B", ["B"])
         return dataclasses.replace(self, lengths=jnp.minimum(lengths, self.capacity))
 
     def _check_room(self, lengths, added):

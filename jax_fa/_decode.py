@@ -206,14 +206,20 @@ def _check_prefix(pages, page_table, batch_index, window, alibi_slopes, split_si
 def _split_prefix(pages, k, kv_lengths, page_table):
     """Arguments of a call over the first pages, and of one over what follows them in each row."""
     page_table, kv_lengths = jnp.asarray(page_table), jnp.asarray(kv_lengths)
-    length = jnp.array(pages * k.shape[-3], kv_lengths.dtype)
-    longest = jnp.argmax(kv_lengths)  # it has the pages, if any row has: others may be idle
-    prefix = {
-        "page_table": page_table[longest][None, :pages],
-        "kv_lengths": jnp.where(kv_lengths[longest] < length, 0, length)[None],
-    }
-    behind = jnp.maximum(kv_lengths - length, 0)
-    return prefix, {"page_table": page_table[:, pages:], "kv_lengths": behind}
+
+    def split(operands):
+        page_table, kv_lengths = operands
+        length = jnp.array(pages * k.shape[-3], kv_lengths.dtype)
+        longest = jnp.argmax(kv_lengths)  # it has the pages, if any row has: others may be idle
+        shared = jnp.where(kv_lengths[longest] < length, 0, length)[None]
+        behind = jnp.maximum(kv_lengths - length, 0)
+        return page_table[longest][None, :pages], shared, page_table[:, pages:], behind
+
+    results = ["1P", "1", "BP", "B"]  # pages are not sharded
+    operands = page_table, kv_lengths
+    names = "page_table", "kv_lengths"
+    parts = _sharding.run(split, operands, page_table, "BM", results)
+    return dict(zip(names, parts[:2])), dict(zip(names, parts[2:]))
 
 
 def cache_form(page_table, layer):

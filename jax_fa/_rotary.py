@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from . import _sharding
+
 
 def at_least_float32(dtype):
     """What a float dtype is computed in: `jnp.promote_types` refuses under strict promotion."""
@@ -53,11 +55,18 @@ def apply_rotary(x, cos, sin, positions, interleaved=False):
     tokens = x.shape[:-2]
     if positions.shape not in (tokens, tokens[-1:]):
         raise ValueError(f"positions must be {tokens} or {tokens[-1:]}, got {positions.shape}")
-    at = jnp.clip(positions, 0, cos.shape[0] - 1)
-    cos, sin = (jnp.expand_dims(table[at], -2) for table in (cos, sin))
-    if cos.ndim < x.ndim:
-        cos, sin = cos[None], sin[None]
-    return rotate(x, cos, sin, interleaved)
+
+    def call(operands):
+        x, cos, sin, positions = operands
+        at = jnp.clip(positions, 0, cos.shape[0] - 1)
+        cos, sin = (jnp.expand_dims(table[at], -2) for table in (cos, sin))
+        if cos.ndim < x.ndim:
+            cos, sin = cos[None], sin[None]
+        return (rotate(x, cos, sin, interleaved),)
+
+    axes = "BTNH"[-x.ndim :]
+    (out,) = _sharding.run(call, (x, cos, sin, positions), x, axes, [axes])
+    return out
 
 
 def check_tables(cos, sin, head_dim):

@@ -192,6 +192,42 @@ def test_explicit_mesh_caches(layers, axis, dtype, rng):
         assert spec_of(jax.tree.leaves(actual[1].k)[0]) == values
 
 
+def test_explicit_mesh_rotary_row_maps_and_shared_prefixes(rng):
+    mesh = mesh_of((2, 2), ("a", "b"))
+    pages = jax_fa.PagedKVCache.create(9, 4, 4, 3, 2, 8, dtype=jnp.float32)
+    table = jnp.asarray([[0, 1, 2], [0, 3, 4], [0, 5, 6], [0, 7, 8]], jnp.int32)
+    pages = dataclasses.replace(pages, page_table=table)
+    rows = jax_fa.KVCache.create(4, 9, 2, 8, dtype=jnp.float32)
+    new = cases.normal(rng, 4, 5, 2, 8)
+    angles = cases.normal(rng, 12, 4)
+    at = jnp.asarray([2, 0, 3, 1], jnp.int32)
+
+    def fn(new, angles, at, rows, pages):
+        positions = jnp.arange(5, dtype=jnp.int32)
+        turned = jax_fa.apply_rotary(new, angles, numbers, positions)
+        rows = rows.append(turned, new, batch_index=at)
+        pages = pages.append(turned, new, batch_index=at)
+        out = jax_fa.decode_attention(
+            new, pages.k, pages.v, pages.lengths, page_table=pages.page_table,
+            shared_prefix_pages=1,
+        )  # fmt: skip
+        return turned, rows, pages, out
+
+    numbers = np.asarray(angles)  # on no mesh
+    expected = jax.jit(fn)(new, angles, at, rows, pages)
+    with jax.set_mesh(mesh):
+        by_row = NamedSharding(mesh, P("a"))
+        new, at, rows = jax.device_put((new, at, rows), by_row)
+        pages = dataclasses.replace(
+            pages, lengths=jax.device_put(pages.lengths, by_row),
+            page_table=jax.device_put(table, by_row),
+        )  # fmt: skip
+        actual = jax.jit(fn)(new, angles, at, rows, pages)
+        for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+            assert_close(x, y, 2e-6)
+        assert spec_of(actual[0]) == P("a")
+
+
 def test_auto_mesh_values_and_gradients(rng):
     mesh = mesh_of((2, 2), ("a", "b"), AxisType.Auto)
     args = cases.qkv(rng, cases.Shape(2, 5, 7, 4, 2, 8))
