@@ -149,14 +149,20 @@ def _device(name):
 def _unlisted(device):
     """What a GPU says of itself, without peak rates; None if kernels do not run on it."""
     try:
-        major, minor = (int(x) for x in device.compute_capability.split("."))
+        capability = capability_of(device)
     except (AttributeError, ValueError):  # no NVIDIA GPU
         return None
-    if major < 8:
+    if capability < 80:
         return None
     unknown = [math.nan] * 4
-    shared_kb = _SHARED_KB.get(10 * major + minor, 99)
-    return Device(device.device_kind, *unknown, 10 * major + minor, device.core_count, shared_kb)
+    shared_kb = _SHARED_KB.get(capability, 99)
+    return Device(device.device_kind, *unknown, capability, device.core_count, shared_kb)
+
+
+def capability_of(device):
+    """10 * major + minor of a GPU."""
+    major, minor = (int(x) for x in device.compute_capability.split("."))
+    return 10 * major + minor
 
 
 def _calls(jaxpr, count):

@@ -7,7 +7,7 @@ from . import __version__, _jax_fa
 from ._attention import flash_attention
 from ._cache import PagedKVCache
 from ._decode import decode_attention
-from ._explain import explain
+from ._explain import capability_of, explain
 from ._quantize import is_quantized_dtype, quantize
 
 
@@ -28,10 +28,10 @@ def info():
 def _tier(device):
     if device.platform != "gpu":
         return "the reference, through XLA"
-    major, minor = (int(x) for x in device.compute_capability.split("."))
-    if major < 8:
-        return f"no kernels: compute capability {major}.{minor}, they need 8.0"
-    if _jax_fa.runs_hopper(10 * major + minor):
+    capability = capability_of(device)
+    if capability < 80:
+        return f"no kernels: compute capability {device.compute_capability}, they need 8.0"
+    if _jax_fa.runs_hopper(capability):
         return "the Hopper kernels (sm90), the portable ones (sm80) for what those leave"
     return "the portable kernels (sm80)"
 

@@ -293,19 +293,15 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int kHeadDim, DType kDType>
-cudaError_t launch_dtype(const BackwardParams& params, cudaStream_t stream) {
-  using Tile = BiasTraits<kHeadDim, kDType>;
-  if (params.fwd.seeds) return launch<Tile, Dropped<GeneralScore>>(params, stream);
-  return launch<Tile, GeneralScore>(params, stream);
-}
-
 }  // namespace
 
 template <int kHeadDim>
 cudaError_t launch_bwd_bias_sm80(const BackwardParams& params, cudaStream_t stream) {
-  return with_float(params.fwd.dtype,
-                    [&]<DType kDType>() { return launch_dtype<kHeadDim, kDType>(params, stream); });
+  return with_float(params.fwd.dtype, [&]<DType kDType>() {
+    using Tile = BiasTraits<kHeadDim, kDType>;
+    if (params.fwd.seeds) return launch<Tile, Dropped<GeneralScore>>(params, stream);
+    return launch<Tile, GeneralScore>(params, stream);
+  });
 }
 
 template cudaError_t launch_bwd_bias_sm80<JAX_FA_HEAD_DIM>(const BackwardParams&, cudaStream_t);

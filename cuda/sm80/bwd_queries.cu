@@ -184,21 +184,17 @@ cudaError_t launch(const BackwardParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int kHeadDim, DType kDType>
-cudaError_t launch_dtype(const BackwardParams& params, cudaStream_t stream) {
-  if (params.fwd.seeds)
-    return launch<QueryTraits<kHeadDim, kDType, true>, Dropped<GeneralScore>>(params, stream);
-  return bwd_general(params.fwd)
-             ? launch<QueryTraits<kHeadDim, kDType, true>, GeneralScore>(params, stream)
-             : launch<QueryTraits<kHeadDim, kDType, false>, ScaledScore>(params, stream);
-}
-
 }  // namespace
 
 template <int kHeadDim>
 cudaError_t launch_bwd_queries_sm80(const BackwardParams& params, cudaStream_t stream) {
-  return with_float(params.fwd.dtype,
-                    [&]<DType kDType>() { return launch_dtype<kHeadDim, kDType>(params, stream); });
+  return with_float(params.fwd.dtype, [&]<DType kDType>() {
+    if (params.fwd.seeds)
+      return launch<QueryTraits<kHeadDim, kDType, true>, Dropped<GeneralScore>>(params, stream);
+    return bwd_general(params.fwd)
+               ? launch<QueryTraits<kHeadDim, kDType, true>, GeneralScore>(params, stream)
+               : launch<QueryTraits<kHeadDim, kDType, false>, ScaledScore>(params, stream);
+  });
 }
 
 template cudaError_t launch_bwd_queries_sm80<JAX_FA_HEAD_DIM>(const BackwardParams&, cudaStream_t);

@@ -220,23 +220,14 @@ cudaError_t launch_staged(const BackwardParams& params, int stages, cudaStream_t
   return launch_summing<SharedTraits<kHeadDim, kDType, kGeneral, 2>, Score>(params, stream);
 }
 
-namespace {
-
-template <int kHeadDim, DType kDType>
-cudaError_t launch_dtype(const BackwardParams& params, int stages, cudaStream_t stream) {
-  if (params.fwd.seeds)
-    return launch_staged<kHeadDim, kDType, true, Dropped<GeneralScore>>(params, stages, stream);
-  return bwd_general(params.fwd)
-             ? launch_staged<kHeadDim, kDType, true, GeneralScore>(params, stages, stream)
-             : launch_staged<kHeadDim, kDType, false, ScaledScore>(params, stages, stream);
-}
-
-}  // namespace
-
 template <int kHeadDim>
 cudaError_t launch_bwd_shared_sm80(const BackwardParams& params, int stages, cudaStream_t stream) {
   return with_16_bits(params.fwd.dtype, [&]<DType kDType>() {
-    return launch_dtype<kHeadDim, kDType>(params, stages, stream);
+    if (params.fwd.seeds)
+      return launch_staged<kHeadDim, kDType, true, Dropped<GeneralScore>>(params, stages, stream);
+    return bwd_general(params.fwd)
+               ? launch_staged<kHeadDim, kDType, true, GeneralScore>(params, stages, stream)
+               : launch_staged<kHeadDim, kDType, false, ScaledScore>(params, stages, stream);
   });
 }
 

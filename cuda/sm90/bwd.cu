@@ -315,25 +315,17 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-namespace {
-
-template <int kHeadDim, DType kDType>
-cudaError_t launch_dtype(const BackwardParams& p, cudaStream_t stream) {
-  const bool general = bwd_general(p.fwd);
-  if (p.fwd.seeds) {
-    return general ? launch<HopperBwdTraits<kHeadDim, kDType, true, true>>(p, stream)
-                   : launch<HopperBwdTraits<kHeadDim, kDType, false, true>>(p, stream);
-  }
-  return general ? launch<HopperBwdTraits<kHeadDim, kDType, true, false>>(p, stream)
-                 : launch<HopperBwdTraits<kHeadDim, kDType, false, false>>(p, stream);
-}
-
-}  // namespace
-
 template <int kHeadDim>
 cudaError_t launch_bwd_sm90(const BackwardParams& p, cudaStream_t stream) {
-  return with_16_bits(p.fwd.dtype,
-                      [&]<DType kDType>() { return launch_dtype<kHeadDim, kDType>(p, stream); });
+  return with_16_bits(p.fwd.dtype, [&]<DType kDType>() {
+    const bool general = bwd_general(p.fwd);
+    if (p.fwd.seeds) {
+      return general ? launch<HopperBwdTraits<kHeadDim, kDType, true, true>>(p, stream)
+                     : launch<HopperBwdTraits<kHeadDim, kDType, false, true>>(p, stream);
+    }
+    return general ? launch<HopperBwdTraits<kHeadDim, kDType, true, false>>(p, stream)
+                   : launch<HopperBwdTraits<kHeadDim, kDType, false, false>>(p, stream);
+  });
 }
 
 template cudaError_t launch_bwd_sm90<JAX_FA_HEAD_DIM>(const BackwardParams&, cudaStream_t);
